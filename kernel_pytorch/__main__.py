@@ -1,0 +1,3 @@
+from kernel_pytorch.cli.main import main
+
+raise SystemExit(main())

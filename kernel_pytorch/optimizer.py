@@ -1,0 +1,209 @@
+"""The optimizer contract: what a step is asked, what it answers, and what it is given.
+
+An optimizer replaces modules of a model that the engine cloned for it. It never mutates a parameter's data, dtype or
+device, never sets a process-wide switch (it returns a context manager instead), and does no work in its constructor.
+A class is abstract or final; everything around these two methods is the engine's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from enum import Enum
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from kernel_pytorch.errors import NoEffectError
+
+if TYPE_CHECKING:
+    from kernel_pytorch.backends.base import Backend
+
+
+class Level(str, Enum):
+    """How a step runs on a backend."""
+
+    native = "native"
+    emulated = "emulated"
+    unsupported = "unsupported"
+
+
+@dataclass(frozen=True)
+class Support:
+    """A backend's answer for one step. reason: why, or what to expect; shown in the plan."""
+
+    level: Level
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One module that a step replaced.
+
+    name: in the model that the step was given. original, replacement: the modules. kernel: what the replacement computes
+    with (`reference` for a plain-torch emulation).
+    """
+
+    name: str
+    original: nn.Module
+    replacement: nn.Module
+    kernel: str
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """One module that a step matched and left alone."""
+
+    module: str
+    reason: str
+
+
+@dataclass
+class Applied:
+    """What a step did.
+
+    model: the changed model. changes: modules replaced. skipped: matched and left alone. num_changed: things changed that are
+    not module replacements (calls redirected, callables wrapped). kernels: what does the work, when `changes` does not say.
+    context: entered around every call of the model; None when the step needs none. not_applicable: why the step had nothing
+    to do here, or None. details: facts for the report (JSON types only).
+    """
+
+    model: nn.Module
+    changes: Sequence[Change] = ()
+    skipped: Sequence[Skipped] = ()
+    num_changed: int = 0
+    kernels: Sequence[str] = ()
+    context: Callable[[], AbstractContextManager[Any]] | None = None
+    not_applicable: str | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Workload(ABC):
+    """What one call is. Model sources make it; from Python the caller's args and kwargs do.
+
+    phase: forward, prefill, decode or train_step. batch: samples a call. length: tokens a sample, or the context of a decode
+    step; None when the source cannot tell. tokens_per_call: None when a sample is not a sequence.
+    trained: the weights are trained, so quality gates; False makes the quality gate report only.
+    """
+
+    phase: str = "forward"
+    batch: int = 1
+    length: int | None = None
+    tokens_per_call: int | None = None
+    trained: bool = True
+
+    @abstractmethod
+    def call(self, model: nn.Module) -> Any:
+        """Runs the timed call once and returns the model's raw output."""
+
+    def reset(self) -> None:  # noqa: B027  a workload without state has nothing to reset
+        """Brings KV caches and random state back to where the timed call starts."""
+
+    @abstractmethod
+    def held_out(self, model: nn.Module, num_rows: int) -> Iterator[torch.Tensor]:
+        """Runs `model` on inputs that timing and calibration never saw and yields [rows, D] float32 views of the output
+        on the CPU, in a fixed order, until at least `num_rows` rows came or the source has no more."""
+
+    @abstractmethod
+    def probe(self, model: nn.Module) -> Any:
+        """Runs one small held-out call (for hooks that watch modules work) and returns the raw output."""
+
+    def calibrate(self, model: nn.Module, num_calls: int) -> None:
+        """Runs `model` on calibration inputs, which verification and timing never see."""
+        for _ in range(num_calls):
+            self.probe(model)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What `apply` is given. backend: the machine the step runs on. workload: for steps that must watch the model work.
+    emulate: use plain-torch references, not kernels. deterministic seed for steps that sample."""
+
+    backend: Backend
+    workload: Workload
+    emulate: bool = False
+    seed: int = 0
+
+
+class Optimizer(ABC):
+    """One step of a recipe."""
+
+    @abstractmethod
+    def support(self, backend: Backend) -> Support:
+        """Whether `backend` can do this step. Looks at facts only: it must answer for a device that is not there."""
+
+    @abstractmethod
+    def apply(self, model: nn.Module, context: Context) -> Applied:
+        """Replaces modules of `model` and says which. Raises NoEffectError when a named pattern matches nothing."""
+
+    def reference(self, original: nn.Module) -> nn.Module:
+        """A plain-torch module that computes, from the untouched original, what the replacement must compute.
+
+        Written apart from the replacement's own code, so that a mistake there shows. The default says that the step
+        changes how, not what: the original itself is the reference."""
+        return original
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Modules that patterns selected, by name, and the eligible ones that they left out."""
+
+    matched: dict[str, nn.Module]
+    skipped: list[Skipped]
+
+
+def select_modules(
+    model: nn.Module,
+    eligible: Callable[[str, nn.Module], bool],
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> Selection:
+    """Eligible modules by name; fnmatch patterns choose, and `exclude` wins over `include`.
+
+    An empty `include` selects every eligible module. Raises NoEffectError for an `include` pattern that selects none:
+    a pattern that matches nothing is a mistake, never a no-op.
+    """
+    candidates = {name: module for name, module in model.named_modules() if name and eligible(name, module)}
+    dead = [pattern for pattern in include if not any(fnmatchcase(name, pattern) for name in candidates)]
+    if dead:
+        shown = ", ".join(sorted(candidates)[:3]) or "none"
+        raise NoEffectError(
+            f"include pattern {', '.join(map(repr, dead))} matches no eligible module of {type(model).__name__};"
+            f" it has {len(candidates)}, such as: {shown}"
+        )
+    matched: dict[str, nn.Module] = {}
+    skipped: list[Skipped] = []
+    for name, module in candidates.items():
+        if include and not any(fnmatchcase(name, pattern) for pattern in include):
+            continue
+        hit = next((pattern for pattern in exclude if fnmatchcase(name, pattern)), None)
+        if hit is not None:
+            skipped.append(Skipped(name, f"excluded by pattern {hit!r}"))
+        else:
+            matched[name] = module
+    return Selection(matched, skipped)
+
+
+def replace_module(model: nn.Module, name: str, replacement: nn.Module) -> None:
+    """Puts `replacement` where the dotted `name` stands in `model`, under every name that the same module object has."""
+    original = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for child_name, child in list(parent.named_children()):
+            if child is original:
+                setattr(parent, child_name, replacement)
+
+
+def tensor_bytes(module: nn.Module) -> int:
+    """Bytes of all distinct parameters and buffers of `module`; tied tensors count once."""
+    seen: set[int] = set()
+    total = 0
+    for tensor in [*module.parameters(), *module.buffers()]:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen or storage.nbytes() == 0:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total

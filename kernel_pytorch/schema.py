@@ -1,0 +1,294 @@
+"""The structured config: one dataclass a group. The only home of fields, defaults, ranges and units.
+
+Rules that OmegaConf 2.3 sets: constraints stand in `Annotated`, never in `= Field(...)`; choices are Enums whose names
+equal their values, never Literal; no unions of classes. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import field
+from enum import Enum
+from typing import Annotated, Dict, List, Optional
+
+from pydantic import AfterValidator, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from kernel_pytorch.devices import HARDWARE
+from kernel_pytorch.formats import DTYPES, FORMATS
+
+# Raised only when the meaning of an existing value changes; a new field with a default leaves it alone.
+SCHEMA_VERSION = 1
+
+# The fixed order in which optimizers change a model, and the groups that a recipe is about.
+OPTIMIZER_GROUPS = ("attention", "fusion", "precision", "memory", "compile", "graph")
+RECIPE_GROUPS = ("backend", *OPTIMIZER_GROUPS)
+RUN_GROUPS = ("model", "data", "verify", "measure")
+
+
+def nearest(word: str, allowed: tuple[str, ...] | list[str]) -> str:
+    """ " (did you mean 'x'?)" for the closest allowed word, or an empty string."""
+    close = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _one_of(allowed: tuple[str, ...]) -> AfterValidator:
+    def check(value: str) -> str:
+        if value not in allowed:
+            raise ValueError(f"found {value!r}{nearest(value, allowed)}; allowed: {', '.join(allowed)}")
+        return value
+
+    return AfterValidator(check)
+
+
+FormatName = Annotated[str, _one_of(tuple(FORMATS))]
+DtypeName = Annotated[str, _one_of(DTYPES)]
+HardwareName = Annotated[str, _one_of(HARDWARE)]
+
+
+class OnMismatch(str, Enum):
+    emulate = "emulate"
+    error = "error"
+
+
+class SdpaBackend(str, Enum):
+    auto = "auto"
+    math = "math"
+    efficient = "efficient"
+    flash = "flash"
+    cudnn = "cudnn"
+
+
+class WeightGranularity(str, Enum):
+    tensor = "tensor"
+    channel = "channel"
+
+
+class ActivationGranularity(str, Enum):
+    tensor = "tensor"
+    token = "token"
+
+
+class ActivationMode(str, Enum):
+    none = "none"
+    dynamic = "dynamic"
+
+
+class CompileMode(str, Enum):
+    default = "default"
+    max_autotune = "max_autotune"
+
+
+class Phase(str, Enum):
+    forward = "forward"
+    prefill = "prefill"
+    decode = "decode"
+
+
+@dataclass
+class BackendConfig:
+    """The vendor layer, and the hardware that the recipe is for."""
+
+    _target_: Annotated[Optional[str], Field(description="backend class; null picks the vendor of the hardware or machine")] = None
+    hardware: Annotated[HardwareName, Field(description="device the recipe is written for; `any` is the machine it runs on")] = "any"
+    on_mismatch: Annotated[OnMismatch, Field(description="on a machine that is not that hardware: run plain-torch references, or stop")] = (
+        OnMismatch.emulate
+    )
+
+
+@dataclass
+class GroupConfig:
+    """What all optimizer groups share. `_target_` null means the group does nothing."""
+
+    _target_: Annotated[Optional[str], Field(description="optimizer class; null leaves this axis alone")] = None
+    include: Annotated[List[str], Field(description="fnmatch patterns on module names; empty means every eligible module")] = field(
+        default_factory=list
+    )
+    exclude: Annotated[List[str], Field(description="fnmatch patterns on module names that stay as they are")] = field(default_factory=list)
+
+
+@dataclass
+class AttentionConfig(GroupConfig):
+    """Which implementation computes attention."""
+
+    backend: Annotated[SdpaBackend, Field(description="implementation that scaled_dot_product_attention must use")] = SdpaBackend.auto
+
+
+@dataclass
+class FusionConfig(GroupConfig):
+    """Which neighbouring modules become one."""
+
+
+@dataclass
+class WeightConfig:
+    """How weights are stored."""
+
+    format: Annotated[Optional[FormatName], Field(description="stored number format; null keeps the weights")] = None
+    granularity: Annotated[WeightGranularity, Field(description="what shares one scale")] = WeightGranularity.channel
+
+
+@dataclass
+class ActivationConfig:
+    """How inputs of a linear layer are quantized before the matmul."""
+
+    mode: Annotated[ActivationMode, Field(description="none computes in the model's dtype; dynamic scales each call")] = ActivationMode.none
+    format: Annotated[Optional[FormatName], Field(description="number format of the activations; null when mode is none")] = None
+    granularity: Annotated[ActivationGranularity, Field(description="what shares one scale")] = ActivationGranularity.token
+
+
+@dataclass
+class QualityFloor:
+    """The least agreement with the baseline that the scheme promises on trained weights."""
+
+    cosine_min: Annotated[Optional[float], Field(ge=-1, le=1, description="least cosine similarity over the rows (dimensionless)")] = None
+    sqnr_db: Annotated[Optional[float], Field(ge=0, le=400, description="least signal-to-quantization-noise ratio (dB)")] = None
+
+
+@dataclass
+class PrecisionConfig(GroupConfig):
+    """What weights are stored in, what activations are quantized to, what is computed in."""
+
+    dtype: Annotated[Optional[DtypeName], Field(description="element type computed in; null keeps the model's")] = None
+    weight: WeightConfig = field(default_factory=WeightConfig)
+    activation: ActivationConfig = field(default_factory=ActivationConfig)
+    min_features: Annotated[int, Field(ge=1, le=65536, description="linear layers with fewer inputs or outputs stay as they are")] = 16
+    quality: QualityFloor = field(default_factory=QualityFloor)
+
+    @model_validator(mode="after")
+    def _activation_format_matches_mode(self) -> PrecisionConfig:
+        if (self.activation.mode is ActivationMode.none) != (self.activation.format is None):
+            raise ValueError(
+                f"activation.mode={self.activation.mode.value} contradicts activation.format={self.activation.format or 'null'};"
+                " mode none goes with format null, mode dynamic with a number format"
+            )
+        if self.activation.format is not None and self.activation.format != self.weight.format:
+            raise ValueError(
+                f"activation.format={self.activation.format} with weight.format={self.weight.format or 'null'}:"
+                " a matmul needs one format for both; set them alike"
+            )
+        return self
+
+
+@dataclass
+class MemoryConfig(GroupConfig):
+    """Where tensors live."""
+
+
+@dataclass
+class CompileConfig(GroupConfig):
+    """How torch.compile is used. Never turns CUDA graphs on: that is the group `graph`."""
+
+    mode: Annotated[CompileMode, Field(description="how long Inductor searches for a faster kernel")] = CompileMode.default
+    fullgraph: Annotated[bool, Field(description="a graph break is an error")] = False
+    dynamic: Annotated[Optional[bool], Field(description="compile for changing shapes; null lets torch decide")] = None
+
+
+@dataclass
+class GraphConfig(GroupConfig):
+    """CUDA graph capture of the call."""
+
+    num_warmup_calls: Annotated[int, Field(ge=1, le=1000, description="calls on a side stream before capture")] = 3
+    min_speedup: Annotated[
+        float, Field(ge=1, le=100, description="replay is kept when it is at least this many times as fast as the call without it")
+    ] = 1.02
+
+
+@dataclass
+class ModelConfig:
+    """Where the module and its workload come from."""
+
+    _target_: Annotated[Optional[str], Field(description="model source class")] = None
+    preset: Annotated[Optional[str], Field(description="named size of a built-in architecture")] = None
+    path: Annotated[Optional[str], Field(description="local folder with a transformers checkpoint")] = None
+    factory: Annotated[Optional[str], Field(description="`module:function` that returns an nn.Module")] = None
+    dtype: Annotated[Optional[DtypeName], Field(description="element type of the baseline; null is the source's own")] = None
+    phase: Annotated[Optional[Phase], Field(description="what one call is; null is the source's own")] = None
+
+
+@dataclass
+class DataConfig:
+    """What the model is fed."""
+
+    _target_: Annotated[Optional[str], Field(description="data source class; null is the model source's own")] = None
+    path: Annotated[Optional[str], Field(description="text file, UTF-8, one sample a line")] = None
+    batch: Annotated[Optional[int], Field(ge=1, le=65536, description="samples a call; null is the model source's own")] = None
+    length: Annotated[
+        Optional[int],
+        Field(ge=1, le=1048576, description="tokens a sample, or the context of a decode step; null is the model source's own"),
+    ] = None
+
+
+@dataclass
+class VerifyConfig:
+    """The two gates: is it implemented right, and is it still the same model."""
+
+    enabled: Annotated[bool, Field(description="false gives the verdict `unverified`")] = True
+    num_rows: Annotated[int, Field(ge=256, le=65536, description="output rows compared, none of which calibration or timing saw")] = 256
+    cosine_min: Annotated[Optional[float], Field(ge=-1, le=1, description="raises the scheme's floor (dimensionless)")] = None
+    sqnr_db: Annotated[Optional[float], Field(ge=0, le=400, description="raises the scheme's floor (dB)")] = None
+    max_abs: Annotated[Optional[float], Field(ge=0, description="largest absolute difference of an output allowed (the output's unit)")] = (
+        None
+    )
+    top1_agreement: Annotated[Optional[float], Field(ge=0, le=1, description="least share of rows with the same largest logit")] = None
+    budget: Annotated[
+        float, Field(ge=1, le=2, description="implementation gate: our error over the plain reference's error that is allowed")
+    ] = 2.0
+
+
+@dataclass
+class MeasureConfig:
+    """How the ladder is timed, and what fails the run."""
+
+    enabled: Annotated[bool, Field(description="false measures nothing")] = True
+    num_rounds: Annotated[int, Field(ge=3, le=10000, description="interleaved rounds; the median over them is reported")] = 20
+    min_round_ms: Annotated[float, Field(ge=0, le=60000, description="calls are repeated until an arm's round takes this long (ms)")] = 50.0
+    ablate: Annotated[bool, Field(description="also time the recipe less one step each")] = False
+    require_gain: Annotated[bool, Field(description="fail a result that is slower than eager and no smaller")] = True
+    min_speedup: Annotated[Optional[float], Field(ge=0, le=1000, description="least eager latency over the recipe's latency")] = None
+    max_memory_ratio: Annotated[Optional[float], Field(gt=0, le=1000, description="most model bytes of the recipe over the baseline's")] = (
+        None
+    )
+
+
+@dataclass
+class ProvenOn:
+    """One machine on which the recipe was measured: the figures of a result.json."""
+
+    device: str = ""
+    date: str = ""
+    torch: str = ""
+    model: str = ""
+    ratio_to_eager: Annotated[Optional[float], Field(gt=0, description="eager latency over the recipe's latency")] = None
+    cosine_min: Annotated[Optional[float], Field(ge=-1, le=1, description="least cosine similarity over the rows")] = None
+
+
+@dataclass
+class InfoConfig:
+    """What the author says of the recipe; not part of the digest, not inherited."""
+
+    name: Annotated[str, Field(max_length=100, description="the recipe's name")] = ""
+    description: Annotated[str, Field(max_length=1000, description="one line for `list`")] = ""
+    hardware: Annotated[List[str], Field(description="hardware that the author claims it runs on")] = field(default_factory=list)
+    proven_on: Annotated[List[ProvenOn], Field(description="measurements, one a machine")] = field(default_factory=list)
+
+
+@dataclass
+class RootConfig:
+    """A whole run."""
+
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
+    graph: GraphConfig = field(default_factory=GraphConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    info: InfoConfig = field(default_factory=InfoConfig)
+    sweep: Annotated[Dict[str, List[str]], Field(description="options or values to sweep under -m, by group or key")] = field(
+        default_factory=dict
+    )
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1, description="seed of random weights and inputs")] = 0
