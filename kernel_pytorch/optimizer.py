@@ -88,6 +88,7 @@ class Workload(ABC):
     phase: forward, prefill, decode or train_step. batch: samples a call. length: tokens a sample, or the context of a decode
     step; None when the source cannot tell. tokens_per_call: None when a sample is not a sequence.
     trained: the weights are trained, so quality gates; False makes the quality gate report only.
+    logits: rows of `held_out` are scores over classes or a vocabulary, so top-1 agreement means something.
     """
 
     phase: str = "forward"
@@ -95,6 +96,7 @@ class Workload(ABC):
     length: int | None = None
     tokens_per_call: int | None = None
     trained: bool = True
+    logits: bool = False
 
     @abstractmethod
     def call(self, model: nn.Module) -> Any:
