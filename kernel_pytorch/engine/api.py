@@ -1,0 +1,104 @@
+"""`kernel_pytorch.optimize`: the same road as the command line, in the caller's process, on the caller's model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernel_pytorch.backends.base import Backend
+from kernel_pytorch.backends.detect import BACKENDS, Resolution, make, matches
+from kernel_pytorch.engine.parent import recipe_facts
+from kernel_pytorch.engine.run import Run
+from kernel_pytorch.engine.session import conclude, describe_machine, make_job, translate
+from kernel_pytorch.errors import KernelPyTorchError, UnsupportedOperationError
+from kernel_pytorch.models.call import CallWorkload
+from kernel_pytorch.recipe.compose import compose
+from kernel_pytorch.recipe.load import Recipe
+from kernel_pytorch.report.progress import Progress
+from kernel_pytorch.report.result import Report
+from kernel_pytorch.schema import BackendConfig
+
+Call = tuple[Sequence[Any], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Optimized:
+    """model: in eval mode, called like the original. report: what was done and found."""
+
+    model: nn.Module
+    report: Report
+
+
+def optimize(
+    model: nn.Module,
+    recipe: str | Path | Recipe,
+    *,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+    held_out: Sequence[Call] = (),
+    trained: bool = True,
+    measure: bool = True,
+    inplace: bool = False,
+) -> Optimized:
+    """Applies a recipe to `model`, verifies the result against the untouched model and measures it.
+
+    recipe: a name, a file, or a loaded Recipe. args, kwargs: one call of the model, used for timing and, without `held_out`,
+    for verification. held_out: more calls, `(args, kwargs)` each, that verification uses instead. overrides: as on the
+    command line (`graph=none`). trained: False for random weights, where quality is reported and does not gate.
+    measure: False skips the timing. inplace: change `model` itself instead of a clone that shares its parameters.
+
+    Returns an Optimized. Raises ConfigError, UnsupportedOperationError, NoEffectError, VerificationError, PerformanceError,
+    each with the Report so far as `.report`; unless `inplace`, `model` is then and always left as it was.
+    """
+    name = str(recipe.path) if isinstance(recipe, Recipe) else str(recipe)
+    composed = compose([f"+recipe={name}", *overrides, *([] if measure else ["measure=off"])])
+    report = Report(recipe=recipe_facts(composed))
+    backend, resolution = _resolve_for(model, composed.config.backend)
+    workload = CallWorkload(args, dict(kwargs or {}), held_out=list(held_out) or None)
+    workload.trained = trained
+    with _Attach(report, backend):
+        describe_machine(report, backend)
+        run = Run(make_job(composed.config, composed.choices, composed.ignored, resolution), report, Progress(None).stage)
+        steps, plan = run.plan()
+        optimized = run.execute(steps, plan, model, workload, name=type(model).__name__, inplace=inplace)
+    return Optimized(optimized, report)
+
+
+class _Attach(AbstractContextManager[None]):
+    """Puts the report on our errors, and gives torch's own a name of ours where they have one."""
+
+    def __init__(self, report: Report, backend: Backend) -> None:
+        self.report, self.backend = report, backend
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            return
+        ours = translate(error, self.backend) if isinstance(error, Exception) else None
+        ended_by = ours or error
+        conclude(self.report, ended_by)
+        if isinstance(ended_by, KernelPyTorchError):
+            ended_by.report = self.report
+        if ours is not None:
+            raise ours from error
+
+
+def _resolve_for(model: nn.Module, config: BackendConfig) -> tuple[Backend, Resolution]:
+    """The backend of the device where the caller's model is; a model is never moved."""
+    devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]} or {torch.device("cpu")}
+    if len(devices) > 1:
+        raise UnsupportedOperationError(f"the model is spread over {', '.join(sorted(map(str, devices)))}; put it on one device")
+    kind = devices.pop().type
+    vendor = {"cuda": "nvidia"}.get(kind, kind)
+    if vendor not in BACKENDS:
+        raise UnsupportedOperationError(f"the model is on {kind}; supported are models on cpu and cuda")
+    backend = make(vendor, config)
+    native, reason = matches(config, backend)
+    return backend, Resolution(backend, native, reason)

@@ -1,0 +1,111 @@
+"""Applies steps to a clone in the one fixed order, checks each against its reference, and writes the receipts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from kernel_pytorch.engine.steps import Step, active
+from kernel_pytorch.errors import NoEffectError
+from kernel_pytorch.optimizer import Applied, Context, Optimizer, tensor_bytes
+from kernel_pytorch.report.result import StepResult
+
+# Steps that wrap the call instead of replacing modules; they come last, and plain-torch emulation leaves them out.
+CALL_GROUPS = ("compile", "graph")
+Contexts = list[Callable[[], AbstractContextManager[Any]]]
+
+
+@dataclass
+class Built:
+    """A model with steps applied. contexts: to enter around its calls, outermost first."""
+
+    model: nn.Module
+    contexts: Contexts = field(default_factory=list)
+    num_changed: int = 0
+
+
+def apply_modules(
+    built: Built,
+    steps: Iterable[Step],
+    context: Context,
+    rows: dict[str, StepResult],
+    check: Callable[[nn.Module, Optimizer, Applied], None] | None = None,
+) -> None:
+    """Applies the steps that replace modules. `check` judges each one right after it, while the originals are at hand."""
+    for step, optimizer in active(list(steps)):
+        if step.group in CALL_GROUPS:
+            continue
+        applied = optimizer.apply(built.model, context)
+        _receive(built, applied, rows.get(step.group))
+        if check is not None and applied.changes:
+            check(built.model, optimizer, applied)
+
+
+def apply_calls(built: Built, steps: Iterable[Step], context: Context, rows: dict[str, StepResult]) -> None:
+    """Applies the steps that wrap the call (compile, graph), then puts the contexts of all steps around it."""
+    for step, optimizer in active(list(steps)):
+        if step.group not in CALL_GROUPS:
+            continue
+        row = rows.get(step.group)
+        if context.emulate:
+            if row is not None:
+                row.status = "not_applicable"
+                row.reason = "; ".join(filter(None, [row.reason, "an emulated run measures no speed"]))
+            continue
+        _receive(built, optimizer.apply(built.model, context), row)
+    enter_contexts(built)
+
+
+def enter_contexts(built: Built) -> None:
+    """Makes every call of the model run inside the steps' contexts; names in state_dict stay."""
+    if not built.contexts:
+        return
+    inner = built.model._compiled_call_impl or built.model._call_impl
+    contexts = tuple(built.contexts)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for make in contexts:
+                stack.enter_context(make())
+            return inner(*args, **kwargs)
+
+    built.model._compiled_call_impl = call
+
+
+def _receive(built: Built, applied: Applied, row: StepResult | None) -> None:
+    built.model = applied.model
+    if applied.context is not None:
+        built.contexts.append(applied.context)
+    changed = applied.num_changed or len(applied.changes)
+    built.num_changed += changed
+    if row is None:
+        return
+    row.changed = changed
+    row.matched = changed + len(applied.skipped)
+    row.skipped = [{"module": skipped.module, "reason": skipped.reason} for skipped in applied.skipped]
+    row.bytes_before = _distinct_bytes(change.original for change in applied.changes)
+    row.bytes_after = _distinct_bytes(change.replacement for change in applied.changes)
+    row.kernels = sorted({*applied.kernels, *(change.kernel for change in applied.changes)})
+    row.details.update(applied.details)
+    row.status = "applied"
+    if applied.not_applicable is not None:
+        row.status = "not_applicable"
+        row.reason = "; ".join(filter(None, [row.reason, applied.not_applicable]))
+    elif row.support == "emulated":
+        row.status = "emulated"
+
+
+def _distinct_bytes(modules: Iterable[nn.Module]) -> int:
+    return tensor_bytes(nn.ModuleList(list(modules)))
+
+
+def require_effect(steps: list[Step], built: Built, rows: list[StepResult]) -> None:
+    """Raises NoEffectError when the recipe has steps and none of them changed anything."""
+    if not active(steps) or built.num_changed:
+        return
+    why = "; ".join(f"{row.group}={row.option}: {row.reason or 'changed nothing'}" for row in rows if row.optimizer)
+    raise NoEffectError(f"no step of the recipe changed anything ({why})")

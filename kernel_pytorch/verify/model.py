@@ -1,0 +1,144 @@
+"""The quality gate: the optimized model against the baseline, and the name of the first module that left it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernel_pytorch.optimizer import Workload
+from kernel_pytorch.report.result import Verification
+from kernel_pytorch.schema import QualityFloor, VerifyConfig
+from kernel_pytorch.verify.module import _first_tensor
+from kernel_pytorch.verify.rows import agreement, sqnr_db
+
+
+# A recipe that changes no precision computes the same thing in another order: cosine and SQNR in dB that rounding leaves,
+# by the element type computed in. A bf16 product carries 8 bits, and layers add their roundings up.
+@dataclass(frozen=True)
+class RoundingFloor:
+    cosine_min: float
+    sqnr_db: float
+
+
+UNCHANGED_FLOORS = {
+    torch.float64: RoundingFloor(0.999999, 100.0),
+    torch.float32: RoundingFloor(0.9999, 60.0),
+    torch.float16: RoundingFloor(0.999, 30.0),
+    torch.bfloat16: RoundingFloor(0.99, 20.0),
+}
+# The finished model may leave its own uncompiled self by this part of the quantization error (in dB below it).
+END_TO_END_MARGIN_DB = 6.0
+
+
+def rounding_floor(dtype: torch.dtype) -> RoundingFloor:
+    """What a model keeps that computes the same thing in another order in `dtype`."""
+    return UNCHANGED_FLOORS.get(dtype, UNCHANGED_FLOORS[torch.float32])
+
+
+def floors(scheme: QualityFloor, verify: VerifyConfig, dtype: torch.dtype) -> dict[str, float]:
+    """The least values that count: the higher of the scheme's floor and the run's."""
+    stated = scheme.cosine_min is not None or scheme.sqnr_db is not None
+    source = scheme if stated else rounding_floor(dtype)
+    found: dict[str, float] = {}
+    for name in ("cosine_min", "sqnr_db"):
+        values = [value for value in (getattr(source, name), getattr(verify, name)) if value is not None]
+        if values:
+            found[name] = max(values)
+    if verify.top1_agreement is not None:
+        found["top1_agreement"] = verify.top1_agreement
+    if verify.max_abs is not None:
+        found["max_abs"] = verify.max_abs
+    return found
+
+
+class ModelValidator:
+    """Judges output rows of a model against the baseline's."""
+
+    def __init__(self, *, floors: dict[str, float], gated: bool) -> None:
+        self.floors = floors
+        self.gated = gated
+
+    def judge(self, baseline: torch.Tensor, actual: torch.Tensor, *, logits: bool, into: Verification) -> list[str]:
+        """Fills `into` with the agreement of [rows, D] outputs and returns what misses its floor, one sentence each.
+
+        With `gated` False (random weights) only outputs that are not finite are a failure."""
+        found = agreement(baseline, actual)
+        into.rows, into.gated, into.floors = found.rows, self.gated, dict(self.floors)
+        into.cosine_min, into.sqnr_db, into.max_abs = _finite(found.cosine_min), _finite(found.sqnr_db), _finite(found.max_abs)
+        into.top1_agreement = found.top1 if logits else None
+        if math.isnan(found.sqnr_db):
+            return ["the optimized model's outputs are not finite"]
+        if not self.gated:
+            return []
+        values = {"cosine_min": found.cosine_min, "sqnr_db": found.sqnr_db, "top1_agreement": found.top1, "max_abs": found.max_abs}
+        misses = []
+        for name, floor in self.floors.items():
+            if name == "top1_agreement" and not logits:
+                continue
+            value = values[name]
+            missed = value > floor if name == "max_abs" else not value >= floor
+            if missed:
+                misses.append(f"{name} {value:.5g} is {'above' if name == 'max_abs' else 'below'} {floor:.5g}")
+        return misses
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity: equal outputs have an SQNR of None and a max_abs of 0."""
+    return value if math.isfinite(value) else None
+
+
+def collect_rows(model: nn.Module, workload: Workload, num_rows: int) -> torch.Tensor:
+    """[rows, D] float32 on the CPU: the model's held-out outputs, `num_rows` of them at most."""
+    batches: list[torch.Tensor] = []
+    count = 0
+    workload.reset()
+    for rows in workload.held_out(model, num_rows):
+        batches.append(rows)
+        count += len(rows)
+        if count >= num_rows:
+            break
+    workload.reset()
+    if not batches:
+        raise ValueError("the workload has no held-out rows")
+    return torch.cat(batches)[:num_rows]
+
+
+@contextmanager
+def _recorded(model: nn.Module, keep: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Stores the first output of every module by name, in the order of the calls."""
+    handles = []
+    for name, module in model.named_modules():
+
+        def record(_module: nn.Module, _args: Any, output: Any, name: str = name) -> None:
+            tensor = _first_tensor(output)
+            if tensor is not None and tensor.is_floating_point() and name not in keep:
+                keep[name] = tensor.detach().float().cpu()
+
+        handles.append(module.register_forward_hook(record))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def first_divergence(baseline: nn.Module, changed: nn.Module, workload: Workload, *, floor_db: float) -> str | None:
+    """The first module, in the order of the calls, whose output has an SQNR under `floor_db` against the baseline's.
+
+    Both models run one probe, uncompiled. None when every shared module stays above it."""
+    expected: dict[str, torch.Tensor] = {}
+    actual: dict[str, torch.Tensor] = {}
+    with _recorded(baseline, expected):
+        workload.probe(baseline)
+    with _recorded(changed, actual):
+        workload.probe(changed)
+    for name, output in actual.items():
+        if name in expected and expected[name].shape == output.shape and not sqnr_db(expected[name], output) >= floor_db:
+            return name or type(changed).__name__
+    return None

@@ -1,0 +1,64 @@
+"""Agreement of two sets of output rows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """cosine_min: least over the rows. sqnr_db: over all values; inf when equal. max_abs: in the outputs' unit.
+    top1: share of rows with the same largest entry."""
+
+    rows: int
+    cosine_min: float
+    sqnr_db: float
+    max_abs: float
+    top1: float
+
+
+def sqnr_db(signal: torch.Tensor, other: torch.Tensor) -> float:
+    """10 log10(|signal|^2 / |signal - other|^2), computed in float64; inf when equal, nan when a value is not finite."""
+    signal, other = signal.double(), other.double()
+    if not (torch.isfinite(signal).all() and torch.isfinite(other).all()):
+        return math.nan
+    noise = (signal - other).square().sum().item()
+    power = signal.square().sum().item()
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(power / noise) if power else -math.inf
+
+
+def agreement(baseline: torch.Tensor, actual: torch.Tensor) -> Agreement:
+    """Compares [rows, D] outputs. Raises ValueError when the shapes differ."""
+    if baseline.shape != actual.shape:
+        raise ValueError(f"outputs differ in shape: {tuple(baseline.shape)} and {tuple(actual.shape)}")
+    if baseline.numel() == 0:
+        raise ValueError("no output rows to compare")
+    first, second = baseline.double(), actual.double()
+    if not torch.isfinite(second).all():
+        return Agreement(len(first), math.nan, math.nan, math.nan, 0.0)
+    norms = first.norm(dim=1) * second.norm(dim=1)
+    cosine = (first * second).sum(dim=1) / norms.clamp_min(1e-300)
+    # Two zero rows agree; a zero row against another does not.
+    cosine = torch.where(norms == 0, (first.norm(dim=1) == second.norm(dim=1)).double(), cosine)
+    return Agreement(
+        rows=len(first),
+        cosine_min=cosine.min().clamp(-1, 1).item(),
+        sqnr_db=sqnr_db(first, second),
+        max_abs=(first - second).abs().max().item(),
+        top1=(first.argmax(dim=1) == second.argmax(dim=1)).double().mean().item(),
+    )
+
+
+def relative_l2(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    """||actual - exact|| / ||exact|| in float64; 0 for two zeros, inf when a value is not finite."""
+    actual, exact = actual.double(), exact.double()
+    if not torch.isfinite(actual).all():
+        return math.inf
+    size = exact.norm().item()
+    error = (actual - exact).norm().item()
+    return error / size if size else (0.0 if error == 0 else math.inf)
