@@ -11,6 +11,9 @@ from typing import Any
 
 from kernel_pytorch.schema import SCHEMA_VERSION
 
+# Names of the ladder's rungs; an ablated rung is `recipe less <group>`.
+EAGER, COMPILED, RECIPE = "eager", "compiled", "recipe"
+
 
 @dataclass
 class StepResult:
