@@ -1,0 +1,51 @@
+"""Where an nn.Module and its workload come from: the contract of a model source."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from kernel_pytorch.errors import ConfigError
+from kernel_pytorch.models.text import BuiltinSentences, DataSource
+from kernel_pytorch.optimizer import Workload
+from kernel_pytorch.schema import nearest
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """model: in eval mode, on the device. workload: what one call of it is. name: for the report."""
+
+    model: nn.Module
+    workload: Workload
+    name: str
+
+
+class ModelSource(ABC):
+    """One way to get a model. Constructors take the schema's fields by keyword and do no work."""
+
+    def default_data(self, *, batch: int | None = None, length: int | None = None) -> DataSource:
+        """What the model is fed when no data source is named; `batch` and `length` stay the user's where they are set."""
+        return BuiltinSentences(batch=batch, length=length)
+
+    @abstractmethod
+    def load(self, *, data: DataSource | None, seed: int, device: torch.device) -> Loaded:
+        """The model with the weights it comes with, and its workload. `data` None is `default_data()`.
+
+        Raises ConfigError (one line a mistake) for a setting that this source cannot follow."""
+
+
+def torch_dtype(name: str | None, default: torch.dtype) -> torch.dtype:
+    """The torch dtype of a schema name; `default` for None."""
+    return default if name is None else getattr(torch, name)
+
+
+def check_preset(preset: str, allowed: Iterable[str]) -> str:
+    """`preset`, or ConfigError with the nearest allowed name."""
+    names = sorted(allowed)
+    if preset not in names:
+        raise ConfigError(f"model.preset: found {preset!r}{nearest(preset, names)}; allowed: {', '.join(names)}")
+    return preset
