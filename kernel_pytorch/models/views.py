@@ -53,10 +53,10 @@ def pooled_rows(output: Any, mask: torch.Tensor) -> torch.Tensor:
     """Mean over the tokens that `mask` [B, T] keeps: one sentence vector [D] float32 a row; a row without a token is left out.
 
     Not normalised: cosine has no scale, and the length of the vector is part of what must be kept."""
-    mask = mask[mask.any(1)]
-    hidden = first_tensor(output).detach()[: len(mask)].float()
-    weight = mask.to(hidden.device, hidden.dtype).unsqueeze(-1)
-    return (hidden * weight).sum(1) / weight.sum(1)
+    hidden = first_tensor(output).detach()
+    weight = mask.to(hidden.device, torch.float32).unsqueeze(-1)
+    pooled = (hidden.float() * weight).sum(1) / weight.sum(1)
+    return pooled[mask.any(1).to(hidden.device)]
 
 
 def token_rows(output: Any, mask: torch.Tensor) -> torch.Tensor:
