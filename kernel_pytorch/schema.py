@@ -35,7 +35,7 @@ def nearest(word: str, allowed: tuple[str, ...] | list[str]) -> str:
 def _one_of(allowed: tuple[str, ...]) -> AfterValidator:
     def check(value: str) -> str:
         if value not in allowed:
-            raise ValueError(f"found {value!r}{nearest(value, allowed)}; allowed: {', '.join(allowed)}")
+            raise ValueError(f"found {value!r}; allowed {', '.join(allowed)}{nearest(value, allowed)}")
         return value
 
     return AfterValidator(check)
@@ -134,6 +134,7 @@ class ActivationConfig:
     mode: Annotated[ActivationMode, Field(description="none computes in the model's dtype; dynamic scales each call")] = ActivationMode.none
     format: Annotated[Optional[FormatName], Field(description="number format of the activations; null when mode is none")] = None
     granularity: Annotated[ActivationGranularity, Field(description="what shares one scale")] = ActivationGranularity.token
+    symmetric: Annotated[bool, Field(description="false gives int8 a zero point beside each scale: one-sided values use all 256 codes")] = True
 
 
 @dataclass
@@ -165,6 +166,10 @@ class PrecisionConfig(GroupConfig):
             raise ValueError(
                 f"activation.format={self.activation.format} with weight.format={self.weight.format or 'null'}:"
                 " a matmul needs one format for both; set them alike"
+            )
+        if not self.activation.symmetric and self.activation.format != "int8":
+            raise ValueError(
+                f"activation.symmetric=false with activation.format={self.activation.format or 'null'}: only int8 has a zero point"
             )
         return self
 

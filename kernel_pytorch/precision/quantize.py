@@ -1,0 +1,133 @@
+"""Replaces nn.Linear by QuantizedLinear: every 8-bit scheme is this step with other facts."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from kernel_pytorch.backends.base import Backend
+from kernel_pytorch.backends.capabilities import cpu_has, nvidia_has
+from kernel_pytorch.kernels import int8_linear
+from kernel_pytorch.optimizer import Applied, Change, Context, Level, Optimizer, Skipped, Support, replace_module, select_modules
+from kernel_pytorch.precision.quantized_linear import QuantizedLinear
+from kernel_pytorch.precision.reference import FakeQuantLinear
+from kernel_pytorch.schema import ActivationConfig, ActivationMode, WeightConfig
+
+
+class QuantizeLinears(Optimizer):
+    """Stores Linear weights in a low-bit format and, when `activation` says so, quantizes their inputs at each call."""
+
+    def __init__(
+        self,
+        *,
+        include: list[str],
+        exclude: list[str],
+        dtype: str | None,
+        weight: WeightConfig,
+        activation: ActivationConfig,
+        min_features: int,
+    ) -> None:
+        self.include = include
+        self.exclude = exclude
+        self.dtype = None if dtype is None else getattr(torch, dtype)
+        self.weight = weight
+        self.activation = activation
+        self.min_features = min_features
+
+    def support(self, backend: Backend) -> Support:
+        if self.weight.format is None:
+            return Support(Level.unsupported, "precision.weight.format is null: nothing says what weights are stored in")
+        if backend.vendor == "cpu":
+            return self._on_cpu(backend)
+        if backend.vendor == "nvidia":
+            return self._on_nvidia(backend)
+        return Support(Level.emulated, f"no 8-bit kernel for {backend.vendor}: plain-torch reference")
+
+    def _on_cpu(self, backend: Backend) -> Support:
+        facts = backend.facts
+        if self.weight.format != "int8":
+            return Support(Level.emulated, f"{facts.name} has no {self.weight.format} matmul: plain-torch reference")
+        if self.activation.mode is ActivationMode.none:
+            return Support(Level.native, "int8 storage; the matmul converts weights at each call, so memory shrinks and speed does not")
+        if cpu_has(facts.isa, "int8_matmul"):
+            return Support(Level.native)
+        return Support(Level.native, f"slowdown: {facts.name} has no int8 dot product (avx512_vnni, avx_vnni, amx_int8)")
+
+    def _on_nvidia(self, backend: Backend) -> Support:
+        facts = backend.facts
+        here = f"this is {facts.name} ({facts.arch})"
+        if self.activation.mode is ActivationMode.none:
+            return Support(Level.native, "8-bit storage, the matmul runs in the input's dtype")
+        if self.weight.format == "int8":
+            if nvidia_has(facts.arch, "bf16_matmul"):
+                return Support(Level.native)
+            return Support(
+                Level.emulated, f"int8 matmul through torch._int_mm needs sm_80 or newer, {here}; use precision=int8_weight_only"
+            )
+        if facts.fp8_matmul:
+            return Support(Level.native)
+        return Support(
+            Level.emulated,
+            f"float8 matmul needs sm_89 or newer, {here}; use precision=fp8_weight_only (FP8 storage, bf16 math)",
+        )
+
+    def apply(self, model: nn.Module, context: Context) -> Applied:
+        selection = select_modules(model, lambda _, module: isinstance(module, nn.Linear), self.include, self.exclude)
+        skipped = list(selection.skipped)
+        shared = shared_weights(model)
+        emulate = context.emulate or self.support(context.backend).level is not Level.native
+        changes: list[Change] = []
+        for name, module in selection.matched.items():
+            assert isinstance(module, nn.Linear)
+            reason = self._why_not(model, name, module, shared)
+            if reason is not None:
+                skipped.append(Skipped(name, reason))
+                continue
+            replacement = QuantizedLinear.from_linear(
+                module, self.weight, self.activation, dtype=self.dtype, emulate=emulate, isa=context.backend.facts.isa
+            )
+            changes.append(Change(name, module, replacement, replacement.kernel))
+        for change in changes:
+            replace_module(model, change.name, change.replacement)
+        return Applied(model, changes, skipped, details=self._details(changes, context))
+
+    def _details(self, changes: list[Change], context: Context) -> dict[str, str]:
+        if any(change.kernel == "int8_mm" for change in changes) and context.backend.vendor == "cpu":
+            return {"kernel_choice": f"torch._int_mm: {int8_linear.choose(context.backend.facts.isa)[1]}"}
+        return {}
+
+    def _why_not(self, model: nn.Module, name: str, linear: nn.Linear, shared: dict[int, list[str]]) -> str | None:
+        if type(linear) is not nn.Linear:
+            return f"{type(linear).__name__} is a subclass of nn.Linear: what it adds would be lost"
+        if linear._forward_hooks or linear._forward_pre_hooks:
+            return "it has forward hooks, which may read its weight"
+        owners = [owner for owner in shared[id(linear.weight)] if owner != f"{name}.weight"]
+        if owners:
+            return f"its weight is shared with {owners[0]}"
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, (nn.TransformerEncoderLayer, nn.MultiheadAttention)):
+            return f"nn.{type(parent).__name__} reads its weight without calling it"
+        if not linear.weight.is_floating_point() or linear.weight.is_meta:
+            return f"its weight is {linear.weight.dtype} on {linear.weight.device}"
+        narrow = min(linear.in_features, linear.out_features)
+        if narrow < self.min_features:
+            return f"{narrow} features are fewer than min_features={self.min_features}"
+        if self.weight.format == "int8" and self.activation.mode is ActivationMode.dynamic and linear.in_features > int8_linear.MAX_K:
+            return f"{linear.in_features} inputs overflow the int32 sums of an int8 matmul"
+        if not torch.isfinite(linear.weight).all():
+            return "its weight has non-finite values"
+        return None
+
+    def reference(self, original: nn.Module) -> nn.Module:
+        assert isinstance(original, nn.Linear)
+        return FakeQuantLinear(original, self.weight, self.activation, self.dtype)
+
+
+def shared_weights(model: nn.Module) -> dict[int, list[str]]:
+    """Names under which each distinct parameter is registered; the same module under two names counts once."""
+    owners: dict[int, list[str]] = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{module_name}.{name}" if module_name else name)
+    return owners

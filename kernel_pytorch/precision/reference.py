@@ -1,0 +1,72 @@
+"""What a quantized linear must compute, in plain torch, from the untouched original.
+
+Written apart from QuantizedLinear: it shares none of its code, so that a mistake there shows in the comparison.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kernel_pytorch.schema import ActivationConfig, ActivationGranularity, ActivationMode, WeightConfig, WeightGranularity
+
+_INT8_LIMIT = 127
+_TINY = 1e-30
+
+
+def fake_quantize_weight(weight: torch.Tensor, config: WeightConfig) -> torch.Tensor:
+    """The values that `config` can store for a [N, K] weight, in float32."""
+    weight = weight.detach().float()
+    dims = (1,) if config.granularity is WeightGranularity.channel else (0, 1)
+    largest = torch.amax(torch.abs(weight), dims, keepdim=True)
+    if config.format == "int8":
+        step = torch.clamp(largest, min=_TINY) / _INT8_LIMIT
+        return torch.round(weight / step) * step
+    dtype = getattr(torch, str(config.format))
+    step = torch.clamp(largest, min=_TINY) / torch.finfo(dtype).max
+    return (weight / step).to(dtype).float() * step
+
+
+def fake_quantize_activation(x: torch.Tensor, config: ActivationConfig) -> torch.Tensor:
+    """x [..., K] rounded to what `config` can represent. Codes are chosen in float32, so float64 input gets the same ones."""
+    if config.mode is ActivationMode.none or x.numel() == 0:
+        return x
+    low, high = x.float().amin(-1, keepdim=True), x.float().amax(-1, keepdim=True)
+    if config.granularity is ActivationGranularity.tensor:
+        low, high = low.amin(), high.amax()
+    largest = torch.maximum(-low, high)
+    if config.format == "int8" and not config.symmetric:
+        span = torch.clamp(torch.clamp(high, min=0) - torch.clamp(low, max=0), min=_TINY)
+        inverse = 255 / span
+        zero = torch.round(torch.clamp(-low, min=0) * inverse)
+        code = torch.clamp(torch.round(x.float() * inverse) + zero, 0, 255) - zero
+        return code.to(x.dtype) * (span / 255).to(x.dtype)
+    if config.format == "int8":
+        largest = torch.clamp(largest, min=_TINY)
+        return torch.round(x.float() * (_INT8_LIMIT / largest)).to(x.dtype) * (largest / _INT8_LIMIT).to(x.dtype)
+    dtype = getattr(torch, str(config.format))
+    limit = torch.finfo(dtype).max
+    largest = torch.clamp(largest, min=_TINY)
+    return (x.float() * (limit / largest)).clamp(-limit, limit).to(dtype).to(x.dtype) * (largest / limit).to(x.dtype)
+
+
+class FakeQuantLinear(nn.Module):
+    """Computes in the dtype of its input, float64 included; bias as the original has it."""
+
+    def __init__(self, linear: nn.Linear, weight: WeightConfig, activation: ActivationConfig, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.activation = activation
+        self.dtype = dtype
+        self.quantizes_activations = activation.mode is not ActivationMode.none
+        self.register_buffer("weight", fake_quantize_weight(linear.weight, weight))
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
+        self.weight: torch.Tensor
+        self.bias: torch.Tensor | None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Exact arithmetic on exact input has no compute dtype to imitate.
+        compute = x.dtype if self.dtype is None or x.dtype == torch.float64 else self.dtype
+        values = fake_quantize_activation(x.to(compute), self.activation)
+        bias = None if self.bias is None else self.bias.to(compute)
+        return F.linear(values, self.weight.to(compute), bias).to(x.dtype)
