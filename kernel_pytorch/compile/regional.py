@@ -1,0 +1,52 @@
+"""The repeated blocks of a model through torch.compile, once: compilation time does not grow with depth."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch import nn
+
+from kernel_pytorch.backends.base import Backend
+from kernel_pytorch.compile.options import compile_keywords, compile_support
+from kernel_pytorch.optimizer import Applied, Context, Optimizer, Support, select_modules
+from kernel_pytorch.schema import CompileMode
+
+
+class RegionalCompile(Optimizer):
+    """Compiles entries of nn.ModuleList (and nn.Sequential) whose class occurs there more than once, or what `include` names."""
+
+    def __init__(self, *, include: list[str], exclude: list[str], mode: CompileMode, fullgraph: bool, dynamic: bool | None) -> None:
+        self.include = include
+        self.exclude = exclude
+        self.mode = mode
+        self.fullgraph = fullgraph
+        self.dynamic = dynamic
+
+    def support(self, backend: Backend) -> Support:
+        return compile_support(backend)
+
+    def apply(self, model: nn.Module, context: Context) -> Applied:
+        blocks = repeated_blocks(model)
+        selection = select_modules(model, lambda name, _: bool(self.include) or name in blocks, self.include, self.exclude)
+        if not selection.matched:
+            return Applied(model, skipped=selection.skipped, not_applicable="the model has no ModuleList that repeats a class")
+        keywords: dict[str, Any] = compile_keywords(context.backend, self.mode)
+        for module in selection.matched.values():
+            module.compile(fullgraph=self.fullgraph, dynamic=self.dynamic, **keywords)
+        details = {"options": keywords["options"], "blocks": sorted(selection.matched)}
+        return Applied(model, skipped=selection.skipped, num_changed=len(selection.matched), kernels=("inductor",), details=details)
+
+
+def repeated_blocks(model: nn.Module) -> set[str]:
+    """Names of outermost ModuleList and Sequential entries whose class stands in that list more than once."""
+    found: set[str] = set()
+    for name, module in model.named_modules():
+        inside = any(name == block or name.startswith(f"{block}.") for block in found)
+        if inside or not isinstance(module, (nn.ModuleList, nn.Sequential)):
+            continue
+        classes = Counter(type(child) for child in module)
+        for child_name, child in module.named_children():
+            if classes[type(child)] > 1 and any(True for _ in child.children()):
+                found.add(f"{name}.{child_name}" if name else child_name)
+    return found
