@@ -28,12 +28,7 @@ _TRUSTED = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn
 _OWN = ("--help", "-h", "--version", "--recipes")
 _KNOWN = (*_MULTIRUN, *_RUN, *_INSPECT, *_TRUSTED, *_OWN)
 
-# The part of Hydra's own config that a command line may set; the rest can name code or files to write.
-_HYDRA_KEYS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.sweeper.max_batch_size")
-_HYDRA_GROUPS = ("hydra/launcher", "hydra/sweeper")
-_FOLDER_KEYS = _HYDRA_KEYS[:3]
-_INTERPOLATION = re.compile(r"\$\{(?!now:|hydra\.job\.)")
-_INSTANTIATE_WORDS = re.compile(r"(?<![A-Za-z0-9])_(target|partial|args|recursive|convert)_(?![A-Za-z0-9])|_execution_whitelist_")
+# What no override can need, refused before Hydra's grammar reads it.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200b-\u200f\u202a-\u202e\u2066-\u2069]")
 _LONG_NUMBER = re.compile(r"(?<![\w./-])[\d_]{19,}(?![\w./-])")
 _MAX_WORD = 4096
@@ -42,8 +37,8 @@ _MAX_DEPTH = 8
 
 @dataclass
 class Arguments:
-    """words: overrides in the order given, `recipe=` spelled `+recipe=`. recipes: values of --recipes.
-    inspect: flags that Hydra answers itself. trusted: flags that only a trusted caller may give."""
+    """words: overrides in the order given. recipes: values of --recipes. inspect: flags that Hydra answers itself.
+    trusted: flags that only a trusted caller may give. errors: one line for each flag that cannot be."""
 
     words: list[str] = field(default_factory=list)
     multirun: bool = False
@@ -52,6 +47,7 @@ class Arguments:
     trusted: list[str] = field(default_factory=list)
     help: bool = False
     version: bool = False
+    errors: list[str] = field(default_factory=list)
 
     @property
     def completes(self) -> bool:
@@ -64,23 +60,19 @@ def trusted(environ: Mapping[str, str] | None = None) -> bool:
 
 
 def parse(argv: Sequence[str], *, environ: Mapping[str, str] | None = None) -> Arguments:
-    """Sorts words into flags and overrides. Raises ConfigError with one line a mistake."""
+    """Sorts words into flags and overrides; what is wrong with flags is in `errors`, so that all mistakes come at once."""
     trust = trusted(environ)
-    arguments, errors = Arguments(), []
+    arguments, errors = Arguments(), list[str]()
     rest = list(argv)
     while rest:
         word = rest.pop(0)
         if not word.startswith("-"):
-            arguments.words.append(_spell_recipe(word))
+            arguments.words.append(word)
             continue
         error = _take_flag(word, rest, arguments, trust)
         if error:
             errors.append(error)
-    if arguments.completes:
-        return arguments
-    errors += check_words(arguments.words, trust)
-    if errors:
-        raise ConfigError(errors)
+    arguments.errors = errors
     return arguments
 
 
@@ -140,73 +132,47 @@ def _unknown(word: str) -> str:
     return f"unknown flag {shown(flag)}{near(flag, _KNOWN)}; see --help"
 
 
-def _spell_recipe(word: str) -> str:
-    """`recipe=a` and `++recipe=a` mean `+recipe=a`: the group has no entry in the primary config's defaults."""
-    match = re.match(r"\+{0,2}recipe=", word)
-    return f"+recipe={word[match.end() :]}" if match else word
-
-
-def check_words(words: Sequence[str], trust: bool) -> list[str]:
-    """One line for each override that no recipe language could mean, or that reaches past it."""
-    errors = []
+def check_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words that Hydra's grammar may read, and one line for each of the others."""
+    good, errors = [], []
     for word in words:
-        error = _check_word(word, trust)
+        error = _check_word(word)
         if error:
             errors.append(error)
-    recipes = [word for word in words if word.startswith("+recipe=")]
+        else:
+            good.append(word)
+    recipes = [word for word in good if re.match(r"\+{0,2}recipe=", word)]
     if len(recipes) > 1:
-        errors.append(f"recipe is given {len(recipes)} times; write one +recipe=NAME, or +recipe=[FIRST,SECOND] where the later wins")
-    return errors
+        errors.append(f"recipe is given {len(recipes)} times: {', '.join(recipes)}; allowed once")
+        good = [word for word in good if word not in recipes]
+    return good, errors
 
 
-def _check_word(word: str, trust: bool) -> str | None:
+def _check_word(word: str) -> str | None:
     key, equals, value = word.partition("=")
-    name = key.lstrip("+~")
     if len(word) > _MAX_WORD:
-        return f"override {shown(word[:40])}...: {len(word):,} characters; at most {_MAX_WORD:,} are read"
+        return f"command line: found {shown(word[:40])} and more, {len(word):,} characters; allowed {_MAX_WORD:,}"
     if any(0xD800 <= ord(character) <= 0xDFFF for character in word):
-        return f"override {shown(word)}: is not UTF-8"
-    control = _CONTROL.search(word)
-    if control:
-        return f"override {shown(word)}: control character U+{ord(control.group()):04X}"
+        return f"command line: found {shown(word)}; allowed UTF-8"
+    if control := _CONTROL.search(word):
+        return f"command line: found {shown(word)}; allowed no control character, and U+{ord(control.group()):04X} is one"
     if not equals and not key.startswith("~"):
-        return f"{shown(word)} is neither a command nor KEY=VALUE{near(word, COMMANDS)}; see --help"
-    if not name:
-        return f"override {shown(word)}: no key before '='"
-    if trust:
-        return None
-    return _check_reach(word, name, value) or _check_size(word, value)
-
-
-def _check_reach(word: str, name: str, value: str) -> str | None:
-    if "@" in name:
-        return f"override {shown(word)}: '@' moves a group to another place; write GROUP=OPTION"
-    if _INSTANTIATE_WORDS.search(word):
-        return f"override {shown(word)}: names a class to build; choose an option with GROUP=OPTION"
-    if re.match(r"hydra($|[./])", name) and not _is_open(name):
-        return f"override {shown(word)}: Hydra's own settings are closed; open: {', '.join((*_HYDRA_KEYS, *_HYDRA_GROUPS))}"
-    folder = name in _FOLDER_KEYS
-    if "${" in word and not folder:
-        return f"override {shown(word)}: '${{' is not read here; write the value itself"
-    if folder and _INTERPOLATION.search(value):
-        return f"override {shown(word)}: only ${{now:FORMAT}} and ${{hydra.job.KEY}} are read in a folder's name"
+        return f"command line: found {shown(word)}; allowed a command or KEY=VALUE{near(word, COMMANDS)}"
+    if not key.strip("+~ "):
+        return f"command line: found {shown(word)}; allowed a key before '='"
+    if (depth := _depth(value)) > _MAX_DEPTH:
+        return f"command line: {key}: found {depth} levels of brackets; allowed {_MAX_DEPTH}"
+    if _LONG_NUMBER.search(value):
+        return f"command line: {key}: found a number of more than 18 digits; allowed at most 18"
     return None
 
 
-def _is_open(name: str) -> bool:
-    return name in _HYDRA_KEYS or name in _HYDRA_GROUPS or name.startswith(("hydra.launcher.", "hydra.sweeper.params."))
-
-
-def _check_size(word: str, value: str) -> str | None:
+def _depth(value: str) -> int:
     depth = deepest = 0
     for character in value:
         depth += (character in "[{(") - (character in "]})")
         deepest = max(deepest, depth)
-    if deepest > _MAX_DEPTH:
-        return f"override {shown(word)}: nested {deepest} levels deep; at most {_MAX_DEPTH} are read"
-    if _LONG_NUMBER.search(value):
-        return f"override {shown(word)}: a number of more than 18 digits"
-    return None
+    return deepest
 
 
 def near(word: str, allowed: Sequence[str]) -> str:
@@ -219,11 +185,6 @@ def shown(text: str, limit: int = 80) -> str:
     """`text` quoted for a terminal: control characters escaped, cut to `limit`."""
     cut = text if len(text) <= limit else text[:limit] + "..."
     return repr(cut) if cut.isprintable() else ascii(cut)
-
-
-def is_recipe_file(value: str) -> bool:
-    """Whether a recipe's value on the command line is a file and not a name."""
-    return value.startswith(("./", "../", "/", "~", ".\\")) or value.endswith((".yaml", ".yml"))
 
 
 def split_recipes(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -240,6 +201,11 @@ def split_recipes(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def absolute_source(value: str) -> str:
-    """`TEAM=DIR` or `DIR` with an absolute folder."""
-    team, equals, folder = value.rpartition("=")
-    return f"{team}{equals}{Path(folder).expanduser().resolve()}"
+    """`TEAM=DIR` with an absolute folder. Raises ConfigError for anything else."""
+    team, equals, folder = value.partition("=")
+    if not (team and equals and folder):
+        raise ConfigError(f"--recipes: found {shown(value)}; allowed TEAM=DIR, named as +recipe=TEAM/NAME")
+    path = Path(folder).expanduser().resolve()
+    if not path.is_dir():
+        raise ConfigError(f"--recipes: {shown(folder)} is no folder")
+    return f"{team}={path}"

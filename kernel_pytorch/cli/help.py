@@ -33,7 +33,7 @@ groups (describe GROUP lists the options):
 
 flags:
   -m, --multirun            sweep: every combination of comma-separated values, and of the recipe's `sweep:` block
-  --recipes [TEAM=]DIR      a folder of recipes, named +recipe=TEAM/NAME; may be repeated; also KERNEL_PYTORCH_RECIPES=TEAM=DIR:...
+  --recipes TEAM=DIR        a folder of recipes, named +recipe=TEAM/NAME; may be repeated; also KERNEL_PYTORCH_RECIPES=TEAM=DIR:...
   --cfg job                 print the composed configuration and stop
   --info [WHAT]             Hydra's view: all, config, defaults, defaults-tree, plugins, searchpath
   --hydra-help              Hydra's own help
@@ -52,7 +52,7 @@ HYDRA_FULL_ERROR=1 shows tracebacks.
 
 COMMANDS = {
     "list": """\
-usage: kernel-pytorch list [--recipes [TEAM=]DIR]
+usage: kernel-pytorch list [--recipes TEAM=DIR]
 
 Recipes that +recipe=NAME can name: name, what it does, hardware, first 12 digits of the digest.
 A file that cannot be read is listed with its error; the others are not affected. Exit 0.

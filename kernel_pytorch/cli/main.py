@@ -22,8 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KernelPyTorchError as error:
         if os.environ.get(FULL_ERROR) == "1":
             raise
+        from kernel_pytorch.report.plain import plain
+
         for line in error.lines if isinstance(error, ConfigError) else [str(error)]:
-            print(_one_line(line), file=sys.stderr)
+            print(plain(" ".join(line.splitlines())), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -37,7 +39,7 @@ def _dispatch(words: list[str]) -> int:
     if words and words[0] in command_line.COMMANDS:
         return _command(words[0], words[1:])
     arguments = command_line.parse(words)
-    if arguments.help:
+    if arguments.help or not words:
         from kernel_pytorch.cli import help as text
 
         print(text.PROGRAM, end="")
@@ -88,7 +90,3 @@ def recipes_in_environment(folders: list[str]) -> Iterator[None]:
             os.environ.pop(name, None)
             if before is not None:
                 os.environ[name] = before
-
-
-def _one_line(text: str) -> str:
-    return " ".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in part) for part in text.splitlines())
