@@ -1,0 +1,51 @@
+"""A recipe's `sweep:` block as overrides of a multirun; the command line's lists replace it, key by key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from kernel_pytorch.errors import ConfigError
+from kernel_pytorch.recipe.chain import inherited_sweep, read_chain
+from kernel_pytorch.recipe.guard import sweep_text
+from kernel_pytorch.recipe.overrides import Words, read_overrides
+from kernel_pytorch.recipe.sources import RecipeSources
+
+_PLAIN = re.compile(r"[A-Za-z0-9_.-]+")
+
+
+def sweep_overrides(overrides: Sequence[str], sources: RecipeSources | None = None) -> list[str]:
+    """What the sweep block of the recipe named in `overrides` adds under -m. Raises ConfigError for mistakes."""
+    words, sources = read_overrides(overrides, sources or RecipeSources.from_environment(), multirun=True)
+    return block_overrides(words, sources)
+
+
+def block_overrides(words: Words, sources: RecipeSources) -> list[str]:
+    """`sweep_overrides` of words that were read. Every recipe named is read, so that its mistakes show."""
+    blocks: dict[str, dict[str, list[Any]]] = {}
+    errors: list[str] = []
+    for name in dict.fromkeys(words.recipes):
+        try:
+            blocks[name] = inherited_sweep(read_chain(sources.find(name), sources))
+        except ConfigError as error:
+            errors += error.lines
+    if errors:
+        raise ConfigError(errors)
+    wanted = {name: {key: values for key, values in block.items() if key not in words.named} for name, block in blocks.items()}
+    with_block = [name for name, block in wanted.items() if block]
+    if len(blocks) > 1 and with_block:
+        raise ConfigError(
+            f"command line: recipe: found {', '.join(blocks)} under -m, and {with_block[0]!r} has a sweep block of its own;"
+            f" allowed one recipe, or values for {', '.join(wanted[with_block[0]])} on the command line"
+        )
+    return [f"{key}={','.join(_word(value) for value in values)}" for block in wanted.values() for key, values in block.items()]
+
+
+def _word(value: Any) -> str:
+    """A value in Hydra's grammar; text with special characters is quoted, so that it stays one value."""
+    text = sweep_text(value)
+    if not isinstance(value, str) or _PLAIN.fullmatch(text):
+        return text
+    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
+    return f"'{escaped}'"
