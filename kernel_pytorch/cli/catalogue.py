@@ -9,11 +9,12 @@ from pathlib import Path
 
 from rich.text import Text
 
-from kernel_pytorch.cli.console import console, table
+from kernel_pytorch.cli.console import table
 from kernel_pytorch.errors import ConfigError
 from kernel_pytorch.recipe.load import catalogue, load_recipe
 from kernel_pytorch.recipe.sources import FILE_NAMESPACE, SUFFIXES, RecipeFile, RecipeSources
 from kernel_pytorch.report.plain import plain
+from kernel_pytorch.report.terminal import make_console
 
 
 def list_recipes(words: list[str]) -> int:
@@ -27,7 +28,7 @@ def list_recipes(words: list[str]) -> int:
             continue
         hardware = ", ".join(entry.recipe.config.info.hardware) or entry.recipe.config.backend.hardware
         rows.add_row(entry.name, plain(entry.recipe.description), plain(hardware), entry.recipe.digest[:12])
-    console().print(rows)
+    make_console().print(rows)
     return 0
 
 

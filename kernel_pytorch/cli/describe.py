@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.text import Text
 
-from kernel_pytorch.cli.console import console, table, value_text
+from kernel_pytorch.cli.console import table, value_text
 from kernel_pytorch.cli.fields import group_class, settings
 from kernel_pytorch.cli.options import Option, find_option, group_options
 from kernel_pytorch.errors import ConfigError
@@ -14,6 +14,7 @@ from kernel_pytorch.recipe.load import Recipe, load_recipe
 from kernel_pytorch.recipe.options import GROUPS, default_choices
 from kernel_pytorch.recipe.sources import RecipeSources, is_path
 from kernel_pytorch.report.plain import plain
+from kernel_pytorch.report.terminal import make_console
 from kernel_pytorch.schema import RootConfig, nearest
 
 _EXTRA_GROUPS = ("info",)
@@ -37,7 +38,7 @@ def describe(words: list[str]) -> int:
 
 
 def _group(group: str) -> None:
-    out = console()
+    out = make_console()
     cls = group_class(group)
     out.print(Text(group, style="bold"), (cls.__doc__ or "").strip(), sep="  ")
     rows = table("setting", "values", "default", "meaning")
@@ -55,7 +56,7 @@ def _group(group: str) -> None:
 
 
 def _option(option: Option) -> None:
-    out = console()
+    out = make_console()
     out.print(Text(f"{option.group}={option.name}", style="bold"), option.comment, sep="  ")
     if option.target is not None:
         out.print(f"class: {option.target}")
@@ -80,7 +81,7 @@ def _recipe(name: str) -> None:
 
 
 def _print_recipe(recipe: Recipe) -> None:
-    out = console()
+    out = make_console()
     info = recipe.config.info
     out.print(Text(recipe.name, style="bold"), plain(recipe.description), sep="  ")
     facts = table("", "")

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from rich.console import Console
 from rich.text import Text
 
 from kernel_pytorch.cli import arguments as command_line
 from kernel_pytorch.cli.catalogue import recipe_word
-from kernel_pytorch.cli.console import console, table, value_text
+from kernel_pytorch.cli.console import table, value_text
 from kernel_pytorch.cli.describe import changed_values
 from kernel_pytorch.cli.words import checked
 from kernel_pytorch.devices import DEVICES
 from kernel_pytorch.errors import ConfigError
+from kernel_pytorch.recipe.canonical import to_dict
 from kernel_pytorch.recipe.compose import Composed, compose
 from kernel_pytorch.recipe.explain import Origin, origins
-from kernel_pytorch.recipe.canonical import to_dict
 from kernel_pytorch.recipe.keys import flatten, leaves
 from kernel_pytorch.recipe.load import load_recipe
 from kernel_pytorch.recipe.options import GROUPS
 from kernel_pytorch.recipe.sources import RecipeSources, is_path
+from kernel_pytorch.report.plain import plain
+from kernel_pytorch.report.terminal import make_console
 from kernel_pytorch.schema import RootConfig, nearest
 
 _LEVEL_STYLE = {"native": "green", "emulated": "yellow", "unsupported": "red"}
@@ -80,43 +83,54 @@ def _split_recipe(overrides: list[str], keys: list[str]) -> tuple[list[str], lis
 
 
 def _print_origins(composed: Composed, found: dict[str, list[Origin]]) -> None:
-    out = console()
+    out = make_console()
     changed = changed_values(composed.config)
     title = composed.recipe or "no recipe"
     out.print(Text(title, style="bold"), f"digest {composed.digest[:12]}, with the command line {composed.effective_digest[:12]}", sep="  ")
     out.print()
     rows = table("value", "is", "set by")
+    shown: list[Origin] = []
     for group in GROUPS:
         if len(found[group]) > 1:
-            rows.add_row(group, found[group][-1].value, _layer(found[group][-1]))
+            rows.add_row(group, found[group][-1].value, found[group][-1].layer)
+            shown.append(found[group][-1])
     for key, value in changed.items():
         if key.partition(".")[0] not in ("sweep", "info") and not key.endswith("._target_"):
-            rows.add_row(key, value_text(value), _layer(found[key][-1]))
+            rows.add_row(key, value_text(value), found[key][-1].layer)
+            shown.append(found[key][-1])
     out.print(rows if rows.row_count else "Every value is the default.")
+    _print_files(out, shown)
     for group, keys in composed.ignored.items():
         out.print(f"ignored: {group}={composed.choices.get(group)} does not read {', '.join(keys)}, left over from a layer below")
     out.print()
 
 
 def _print_history(key: str, found: dict[str, list[Origin]]) -> None:
+    out = make_console()
     rows = table(key, "set by")
-    for origin in reversed(found.get(key, [])):
-        rows.add_row(value_text(origin.value), _layer(origin))
-    console().print(rows)
+    for origin in reversed(found[key]):
+        rows.add_row(value_text(origin.value), origin.layer)
+    out.print(rows)
+    _print_files(out, found[key])
 
 
-def _layer(origin: Origin) -> str:
-    if origin.file is None:
-        return origin.layer
-    path = str(origin.file)
-    relative = os.path.relpath(path)
-    return f"{origin.layer} ({relative if len(relative) < len(path) else path})"
+def _print_files(out: Console, shown: Iterable[Origin]) -> None:
+    """Where each layer is written, once."""
+    files = {origin.layer: origin.file for origin in shown if origin.file is not None}
+    rows = table("", "")
+    rows.show_header = False
+    for layer, file in files.items():
+        relative = os.path.relpath(file)
+        rows.add_row(layer, plain(relative if len(relative) < len(str(file)) else file))
+    if files:
+        out.print()
+        out.print(rows)
 
 
 def _print_plan(composed: Composed, device: str | None) -> None:
     from kernel_pytorch.engine.plan import explain_plan
 
-    out = console()
+    out = make_console()
     rows = table("step", "on " + (device or "this machine"), "why", fixed=(0, 1))
     for step in explain_plan(composed.config, composed.choices, device):
         if step.optimizer is None and step.option in ("none", "auto") and not step.reason:
@@ -140,7 +154,7 @@ def diff(words: Sequence[str]) -> int:
     if errors:
         raise ConfigError(errors)
     first, second = recipes
-    out = console()
+    out = make_console()
     rows = table("value", first.name, "", second.name, fixed=(0, 2))
     for group in GROUPS:
         before, after = first.choices.get(group, ""), second.choices.get(group, "")

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from kernel_pytorch import schema
 from kernel_pytorch.devices import HARDWARE
 from kernel_pytorch.formats import DTYPES, FORMATS
-from kernel_pytorch.recipe.keys import allowed, annotations, bare, default, node_class
+from kernel_pytorch.recipe import keys
 
 # Names that a validator checks against a registry; the annotation alone does not list them.
 _REGISTRIES = {
@@ -31,26 +31,26 @@ class Setting:
 
 def group_class(group: str) -> type:
     """The dataclass of one entry of the root config."""
-    cls = node_class(annotations(schema.RootConfig)[group])
+    cls = keys.node_class(keys.annotations(schema.RootConfig)[group])
     assert cls is not None, group
     return cls
 
 
 def settings(cls: type, prefix: str = "") -> Iterator[Setting]:
     """Every setting of a config class, nested ones with dotted keys; the class itself is chosen by the option."""
-    for name, annotation in annotations(cls).items():
-        child = node_class(annotation)
+    for name, annotation in keys.annotations(cls).items():
+        child = keys.node_class(annotation)
         if child is not None:
             yield from settings(child, f"{prefix}{name}.")
         elif not name.startswith("_"):
-            yield Setting(f"{prefix}{name}", _values(annotation), default(cls, name), _meaning(annotation))
+            yield Setting(f"{prefix}{name}", _values(annotation), keys.default(cls, name), _meaning(annotation))
 
 
 def _values(annotation: Any) -> str:
-    _, optional, constraints = bare(annotation)
+    _, optional, constraints = keys.bare(annotation)
     registry = next((names for validator, names in _REGISTRIES.items() if validator in constraints), None)
-    return allowed(annotation) if registry is None else ", ".join(registry) + (" or null" if optional else "")
+    return keys.allowed(annotation) if registry is None else ", ".join(registry) + (" or null" if optional else "")
 
 
 def _meaning(annotation: Any) -> str:
-    return next((item.description for item in bare(annotation)[2] if getattr(item, "description", None)), "")
+    return next((item.description for item in keys.bare(annotation)[2] if getattr(item, "description", None)), "")

@@ -13,6 +13,8 @@ from kernel_pytorch.errors import ConfigError
 from kernel_pytorch.recipe.compose import compose
 
 INVALID = ConfigError.exit_code
+# Verdicts that leave nothing to show but why; result.json has the plan.
+ONE_LINE = ("unsupported", "no_effect", "error")
 
 
 def run(arguments: Arguments) -> int:
@@ -27,23 +29,25 @@ def run(arguments: Arguments) -> int:
     result = run_in_child(composed, folder)
     if result["exit_code"] == INVALID:
         # A mistake that only the child could see, such as a missing extra: no output folder stays behind.
-        _remove(folder, made)
+        forget(folder, made)
         raise ConfigError(str(result["error"]).splitlines())
     show(result, folder)
     return int(result["exit_code"])
 
 
 def show(result: dict[str, Any], folder: Path) -> None:
-    """The report on stdout; one line on stderr for what went wrong."""
-    from kernel_pytorch.report import terminal
+    """The report on stdout; for a run that measured nothing, one line on stderr and nothing else."""
     from kernel_pytorch.report.plain import plain
+    from kernel_pytorch.report.terminal import render
 
-    terminal.render(result, folder)
-    if result["error"] and result["exit_code"]:
+    if result["verdict"] in ONE_LINE:
         print(plain(" ".join(str(result["error"]).splitlines())), file=sys.stderr)
+    else:
+        render(result, folder)
 
 
-def _remove(folder: Path, made: Path | None) -> None:
+def forget(folder: Path, made: Path | None) -> None:
+    """Removes what a run left that should not have started. made: the topmost folder that it made, None when all were there."""
     if made is not None:
         shutil.rmtree(made)
         return

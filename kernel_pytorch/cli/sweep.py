@@ -4,13 +4,11 @@ also after a failed job or Ctrl-C."""
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import uuid
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -18,19 +16,24 @@ from omegaconf import DictConfig
 
 from kernel_pytorch.cli.app import full_error, run_hydra
 from kernel_pytorch.cli.arguments import Arguments
+from kernel_pytorch.cli.run import INVALID, forget
+from kernel_pytorch.cli.sweep_rows import rows_of, write_mark
 from kernel_pytorch.cli.words import checked
 from kernel_pytorch.errors import ConfigError
 from kernel_pytorch.recipe.compose import Prepared, compose, compose_task
+from kernel_pytorch.recipe.sources import RecipeSources
+from kernel_pytorch.report.result import RECIPE
+from kernel_pytorch.report.sweep import sweep_exit_code, write_sweep
+from kernel_pytorch.report.terminal import render_sweep
 
 # Jobs of one sweep carry its id, so that what an earlier sweep left in the folder is not counted. Workers inherit it.
 SWEEP_ID = "KERNEL_PYTORCH_SWEEP_ID"
-MARK_FILE = "sweep_job.json"
 
 
 def sweep(arguments: Arguments) -> int:
     """Runs every combination and returns the sweep's exit code. Refuses before anything is written what can be known to be
     wrong: an override, a name, a recipe, or a sweep without one valid combination."""
-    words, prepared = checked(arguments, multirun=True)
+    _, prepared = checked(arguments, multirun=True)
     _refuse_if_nothing_is_valid(prepared)
     folder = _folder(prepared)
     identity = uuid.uuid4().hex
@@ -42,7 +45,7 @@ def sweep(arguments: Arguments) -> int:
         interrupted = True
     finally:
         del os.environ[SWEEP_ID]
-        code = _finish(folder, identity)
+        code = _finish(folder, identity, prepared.sources)
     return 130 if interrupted else code
 
 
@@ -50,26 +53,26 @@ def task(cfg: DictConfig) -> float | None:
     """One job, as Hydra's launchers call it. Returns the recipe's latency in ms, for sweepers that search."""
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    mark = {"sweep": os.environ[SWEEP_ID], "job": int(hydra_config.job.num), "overrides": list(hydra_config.overrides.task)}
+    words = list(hydra_config.overrides.task)
+    mark = {"sweep": os.environ[SWEEP_ID], "job": int(hydra_config.job.num), "overrides": words, "status": "running"}
+    write_mark(folder, mark)
     try:
-        composed = compose_task(cfg, mark["overrides"], str(folder))
+        composed = compose_task(cfg, words, str(folder))
     except ConfigError as error:
-        _mark(folder, mark | {"status": "invalid", "error": "; ".join(error.lines)})
+        write_mark(folder, mark | {"status": "invalid", "error": "; ".join(error.lines)})
         return None
     from kernel_pytorch.engine.parent import run_in_child
 
-    _mark(folder, mark | {"status": "running", "choices": composed.choices, "digest": composed.effective_digest})
     with full_error(None):
         result = run_in_child(composed, folder)
-    status = result["verdict"]
-    _mark(folder, mark | {"status": status, "choices": composed.choices, "digest": composed.effective_digest, "error": result["error"]})
-    if status == "interrupted":
+    if result["exit_code"] == INVALID:
+        forget(folder, None)
+        write_mark(folder, mark | {"status": "invalid", "error": result["error"]})
+        return None
+    write_mark(folder, mark | {"status": result["verdict"], "error": result["error"]})
+    if result["verdict"] == "interrupted":
         raise KeyboardInterrupt
-    return next((rung["latency_ms"] for rung in result["ladder"] if rung["name"] == "recipe"), None)
-
-
-def _mark(folder: Path, mark: dict[str, Any]) -> None:
-    (folder / MARK_FILE).write_text(json.dumps(mark), encoding="utf-8")
+    return next((rung["latency_ms"] for rung in result["ladder"] if rung["name"] == RECIPE), None)
 
 
 def _refuse_if_nothing_is_valid(prepared: Prepared) -> None:
@@ -117,11 +120,10 @@ def _quoted(folder: Path) -> str:
     return "'" + str(folder).replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def _finish(folder: Path, identity: str) -> int:
+def _finish(folder: Path, identity: str, sources: RecipeSources) -> int:
     """Gathers the jobs of this sweep, prints the table, writes sweep.json and returns the sweep's exit code."""
-    from kernel_pytorch.cli.sweep_rows import rows_of, sweep_exit_code
-    from kernel_pytorch.report.terminal import render_sweep
-
-    rows = rows_of(folder, identity)
-    render_sweep(rows, folder)
+    rows = rows_of(folder, identity, sources)
+    if rows:
+        write_sweep(rows, folder)
+        render_sweep(rows, folder)
     return sweep_exit_code(rows)
