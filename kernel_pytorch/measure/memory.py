@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from kernel_pytorch.optimizer import tensor_bytes
@@ -75,7 +74,7 @@ def _allocations(profiled: profile) -> list[int]:
     """Bytes allocated (positive) and freed (negative) on the CPU, in order of time."""
     profiler: Any = profiled.profiler
     events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
-    on_cpu = [event for event in events if event.device_type() == DeviceType.CPU]
+    on_cpu = [event for event in events if event.device_type().name == "CPU"]
     return [event.nbytes() for event in sorted(on_cpu, key=lambda event: event.start_ns())]
 
 
