@@ -18,16 +18,23 @@ from kernel_pytorch.models.text import Tokens
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Nothing below an error is printed inside: neither log records nor warnings. Both settings are put back."""
+def quiet(transformers: Any = None) -> Iterator[None]:
+    """Nothing below an error is printed inside: no log records, no warnings and, with the module given, no progress bars.
+    All settings are put back."""
     before = logging.root.manager.disable
+    bars = None if transformers is None else transformers.utils.logging
+    bars = bars if bars is not None and bars.is_progress_bar_enabled() else None
     logging.disable(logging.WARNING)
+    if bars is not None:
+        bars.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)
+        if bars is not None:
+            bars.enable_progress_bar()
 
 
 def demo_package(name: str, model: str) -> Path:

@@ -31,6 +31,10 @@ class ModelSource(ABC):
         """What the model is fed when no data source is named; `batch` and `length` stay the user's where they are set."""
         return BuiltinSentences(batch=batch, length=length)
 
+    def weight_bytes(self) -> int | None:
+        """Bytes of the weights, known before they are made or read; None when the source cannot tell."""
+        return None
+
     @abstractmethod
     def load(self, *, data: DataSource | None, seed: int, device: torch.device) -> Loaded:
         """The model with the weights it comes with, and its workload. `data` None is `default_data()`.

@@ -1,4 +1,4 @@
-"""The workload of a model that takes input_ids and attention_mask: encoders, and decoders called without a cache."""
+"""The workload of a model that takes whole samples of token ids: encoders, and decoders reading a prompt."""
 
 from __future__ import annotations
 
@@ -14,23 +14,38 @@ from kernel_pytorch.models.views import spread_rows, to_rows
 from kernel_pytorch.optimizer import Workload
 
 View = Callable[[Any, torch.Tensor], torch.Tensor]
+Invoke = Callable[[nn.Module, torch.Tensor, torch.Tensor], Any]
+
+
+def by_keyword(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> Any:
+    """How transformers' models are called."""
+    return model(input_ids=ids, attention_mask=mask)
 
 
 class TokenWorkload(Workload):
-    """Calls `model(input_ids=, attention_mask=)`, always with the same two tensor objects.
+    """Calls `invoke(model, ids, mask)`, always with the same two tensor objects.
 
     Held-out batches are copied into them, so that a compiled or captured call is verified through exactly what is timed.
-    view(output, mask) gives the rows of one batch.
+    view(output, mask) gives the rows of one batch; logits says that they are scores over a vocabulary.
     """
 
     def __init__(
-        self, parts: Parts, view: View, *, phase: str, trained: bool, device: torch.device, extra: dict[str, Any] | None = None
+        self,
+        parts: Parts,
+        view: View,
+        *,
+        phase: str,
+        trained: bool,
+        device: torch.device,
+        invoke: Invoke = by_keyword,
+        logits: bool = False,
     ) -> None:
         self.phase = phase
         self.batch = parts.batch
         self.length = parts.length
         self.tokens_per_call = parts.batch * parts.length
         self.trained = trained
+        self.logits = logits
         self._parts = parts
         self._view = view
         self._timing = parts.timing()
@@ -39,17 +54,23 @@ class TokenWorkload(Workload):
             self._ids = self._timing.ids.to(device, copy=True)
             self._mask = self._timing.mask.to(device, copy=True)
         self._inside = self._timing
-        self._extra = extra or {}
+        self._invoke = invoke
 
-    def _run(self, model: nn.Module, tokens: Tokens) -> Any:
+    def _load(self, tokens: Tokens) -> None:
         if tokens is not self._inside:
             self._ids.copy_(tokens.ids)
             self._mask.copy_(tokens.mask)
             self._inside = tokens
-        return model(input_ids=self._ids, attention_mask=self._mask, **self._extra)
+
+    def _run(self, model: nn.Module, tokens: Tokens) -> Any:
+        self._load(tokens)
+        return self._invoke(model, self._ids, self._mask)
 
     def call(self, model: nn.Module) -> Any:
         return self._run(model, self._timing)
+
+    def reset(self) -> None:
+        self._load(self._timing)
 
     def held_out(self, model: nn.Module, num_rows: int) -> Iterator[torch.Tensor]:
         # Long prompts give thousands of rows a batch: at least four batches are looked at, none of them whole.

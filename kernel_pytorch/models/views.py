@@ -1,4 +1,4 @@
-"""Output views: what of a model's output is compared, as [rows, D] float32 on the CPU."""
+"""Output views: what of a model's output is compared, as [rows, D]."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import torch
 from kernel_pytorch.errors import ConfigError
 
 
-def floating_tensors(output: Any) -> Iterator[torch.Tensor]:
-    """The floating-point tensors of a nested output, in order: tensors, mappings, sequences and dataclasses."""
-    if isinstance(output, torch.Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from floating_tensors(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from floating_tensors(value)
-    elif is_dataclass(output) and not isinstance(output, type):
-        for field in fields(output):
-            yield from floating_tensors(getattr(output, field.name))
+def all_tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a nested value, in order: tensors, mappings, sequences and dataclasses."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from all_tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from all_tensors(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from all_tensors(getattr(value, field.name))
 
 
-def first_tensor(output: Any) -> torch.Tensor:
-    """The first floating tensor of a nested output. Raises ConfigError when there is none to compare."""
-    for tensor in floating_tensors(output):
-        return tensor
+def first_floating(output: Any) -> torch.Tensor:
+    """The first floating-point tensor of a nested output. Raises ConfigError when there is none to compare."""
+    for tensor in all_tensors(output):
+        if tensor.is_floating_point():
+            return tensor.detach()
     raise ConfigError(f"the model returned {type(output).__name__} without a floating-point tensor; there is nothing to verify")
 
 
@@ -41,19 +41,25 @@ def to_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def output_rows(output: Any) -> torch.Tensor:
-    """The first floating tensor, and beside it those of the same leading shape (two heads of one model), as [rows, D].
+    """The first floating tensor [..., D], and beside it those of the same leading shape, such as a second head's.
 
     Tensors of another leading shape are not compared: a row of theirs is not a row of the first one."""
-    leading = first_tensor(output).shape[:-1]
-    alike = [tensor for tensor in floating_tensors(output) if tensor.shape[:-1] == leading and tensor.dim() == len(leading) + 1]
-    return torch.cat([to_rows(tensor) for tensor in alike], dim=-1) if alike else to_rows(first_tensor(output))
+    first = first_floating(output)
+    if first.dim() == 0:
+        return first
+    alike = [
+        tensor.detach().to(first.device)
+        for tensor in all_tensors(output)
+        if tensor.is_floating_point() and tensor.dim() == first.dim() and tensor.shape[:-1] == first.shape[:-1]
+    ]
+    return torch.cat(alike, dim=-1)
 
 
 def pooled_rows(output: Any, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the tokens that `mask` [B, T] keeps: one sentence vector [D] float32 a row; a row without a token is left out.
+    """Mean over the tokens that `mask` [B, T] keeps: one sentence vector [D] float32 a row; a sample without a token is left out.
 
     Not normalised: cosine has no scale, and the length of the vector is part of what must be kept."""
-    hidden = first_tensor(output).detach()
+    hidden = first_floating(output)
     weight = mask.to(hidden.device, torch.float32).unsqueeze(-1)
     pooled = (hidden.float() * weight).sum(1) / weight.sum(1)
     return pooled[mask.any(1).to(hidden.device)]
@@ -61,7 +67,7 @@ def pooled_rows(output: Any, mask: torch.Tensor) -> torch.Tensor:
 
 def token_rows(output: Any, mask: torch.Tensor) -> torch.Tensor:
     """One row a token that `mask` [B, T] keeps."""
-    hidden = first_tensor(output).detach()
+    hidden = first_floating(output)
     return hidden[mask.to(hidden.device).bool()]
 
 
