@@ -16,14 +16,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kernel_pytorch.errors import ConfigError
 from kernel_pytorch.paths import data_folder
-from kernel_pytorch.recipe.chain import read_chain
 from kernel_pytorch.recipe.digest import digest
 from kernel_pytorch.recipe.explain import layers
-from kernel_pytorch.recipe.guard import RecipeBody
 from kernel_pytorch.recipe.hydra_source import active, register, registered
 from kernel_pytorch.recipe.keys import quoted
 from kernel_pytorch.recipe.load import recipe_of
-from kernel_pytorch.recipe.overrides import Words, read_overrides
+from kernel_pytorch.recipe.overrides import Read, read_overrides
 from kernel_pytorch.recipe.sources import RecipeSources
 from kernel_pytorch.recipe.sweep import block_overrides
 from kernel_pytorch.recipe.validate import validate
@@ -62,31 +60,26 @@ def prepare(overrides: Sequence[str], sources: RecipeSources | None = None, *, m
     """Checks the words of a command line and registers their sources with Hydra. Raises ConfigError with all mistakes.
 
     With `multirun` every value of every list is checked, and the recipe's sweep block is added."""
-    words, sources = read_overrides(overrides, sources or RecipeSources.from_environment(), multirun=multirun)
-    added = block_overrides(words, sources) if multirun else []
-    register(sources)
-    return Prepared((*words.hydra, *added), tuple(words.user), tuple(words.recipes), sources)
+    read = read_overrides(overrides, sources or RecipeSources.from_environment(), multirun=multirun)
+    added = block_overrides(read) if multirun else []
+    register(read.sources)
+    return Prepared((*read.words.hydra, *added), tuple(read.words.user), tuple(read.words.recipes), read.sources)
 
 
 def compose(overrides: Sequence[str], sources: RecipeSources | None = None) -> Composed:
     """Composes and validates one run. Raises ConfigError with one line a mistake; nothing is written."""
-    words, sources = read_overrides(overrides, sources or RecipeSources.from_environment())
-    chain = _chain(words, sources)
-    with (
-        registered(sources),
-        hydra_errors(),
-        hydra.initialize_config_dir(str(data_folder("conf")), job_name="kernel_pytorch", **_version()),
-    ):
-        cfg = hydra.compose("config", overrides=words.hydra, return_hydra_config=True)
-        run_dir = str(cfg.hydra.run.dir)
-        return _finish(cfg, words, chain, run_dir)
+    read = read_overrides(overrides, sources or RecipeSources.from_environment())
+    conf = str(data_folder("conf"))
+    with registered(read.sources), hydra_errors(), hydra.initialize_config_dir(conf, job_name="kernel_pytorch", **_version()):
+        cfg = hydra.compose("config", overrides=read.words.hydra, return_hydra_config=True)
+        return _finish(cfg, read, str(cfg.hydra.run.dir))
 
 
 def compose_task(cfg: DictConfig, overrides: Sequence[str], run_dir: str, sources: RecipeSources | None = None) -> Composed:
     """`compose` for a config that Hydra composed already, in a job of a multirun. overrides: hydra.overrides.task."""
-    words, sources = read_overrides(overrides, sources or active() or RecipeSources.from_environment())
+    read = read_overrides(overrides, sources or active() or RecipeSources.from_environment())
     with hydra_errors():
-        return _finish(cfg, words, _chain(words, sources), run_dir)
+        return _finish(cfg, read, run_dir)
 
 
 @contextmanager
@@ -101,22 +94,18 @@ def hydra_errors() -> Iterator[None]:
         raise ConfigError(f"command line: {f'{key}: ' if key else ''}{quoted(reason)[1:-1]}") from error
 
 
-def _chain(words: Words, sources: RecipeSources) -> list[RecipeBody]:
-    return read_chain(sources.find(words.recipes[0]), sources) if words.recipes else []
-
-
-def _finish(cfg: DictConfig, words: Words, chain: list[RecipeBody], run_dir: str) -> Composed:
+def _finish(cfg: DictConfig, read: Read, run_dir: str) -> Composed:
     own: Any = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     tree: Any = OmegaConf.to_container(own, resolve=True)
-    found = layers(chain, words.choices, words.values)
-    recipe = recipe_of(chain) if chain else None
+    found = layers(read.chain, read.words.choices, read.words.values)
+    recipe = recipe_of(read.chain) if read.chain else None
     result = validate(tree, found)
     return Composed(
         config=result.config,
         choices=found.choices,
         recipe=recipe.name if recipe else None,
         chain=recipe.chain if recipe else (),
-        overrides=tuple(words.user),
+        overrides=tuple(read.words.user),
         digest=recipe.digest if recipe else digest(RootConfig()),
         effective_digest=digest(result.config),
         ignored=result.ignored,

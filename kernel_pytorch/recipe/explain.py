@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from kernel_pytorch.paths import data_folder
-from kernel_pytorch.recipe.chain import default_value, read_chain
+from kernel_pytorch.recipe.chain import default_value
 from kernel_pytorch.recipe.guard import RecipeBody
 from kernel_pytorch.recipe.keys import leaves
 from kernel_pytorch.recipe.options import GROUPS, default_choices, option_file, option_values
+from kernel_pytorch.recipe.overrides import read_overrides
 from kernel_pytorch.recipe.sources import RecipeSources
 
 COMMAND_LINE = "command line"
@@ -78,9 +79,6 @@ def layers(chain: Sequence[RecipeBody], choices: dict[str, str], values: dict[st
 def origins(overrides: Sequence[str], sources: RecipeSources | None = None) -> dict[str, list[Origin]]:
     """For every group its choices and for every dotted key its values, in the order in which they were set. Raises
     ConfigError for mistakes in the overrides or in a recipe."""
-    from kernel_pytorch.recipe.overrides import read_overrides
-
-    words, sources = read_overrides(overrides, sources or RecipeSources.from_environment())
-    chain = read_chain(sources.find(words.recipes[0]), sources) if words.recipes else []
-    found = layers(chain, words.choices, words.values)
+    read = read_overrides(overrides, sources or RecipeSources.from_environment())
+    found = layers(read.chain, read.words.choices, read.words.values)
     return {**found.chosen, **found.origins}

@@ -17,6 +17,8 @@ from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 
 from kernel_pytorch.errors import ConfigError
+from kernel_pytorch.recipe.chain import read_chain
+from kernel_pytorch.recipe.guard import RecipeBody
 from kernel_pytorch.recipe.keys import HYDRA_WORDS, coerce, flatten, quoted, unknown
 from kernel_pytorch.recipe.options import GROUPS, options
 from kernel_pytorch.recipe.sources import RecipeSources, is_path, name_problem
@@ -52,6 +54,20 @@ class Words:
     named: set[str] = field(default_factory=set)
 
 
+@dataclass(frozen=True)
+class Read:
+    """sources: with the folders of recipes named by path. chains: each recipe named, with its parents."""
+
+    words: Words
+    sources: RecipeSources
+    chains: dict[str, list[RecipeBody]]
+
+    @property
+    def chain(self) -> list[RecipeBody]:
+        """The chain of a single run; empty without a recipe."""
+        return next(iter(self.chains.values()), [])
+
+
 def _is_hydra(key: str) -> bool:
     return re.split(r"[./]", key)[0] == "hydra"
 
@@ -60,9 +76,8 @@ def trusted(environ: Mapping[str, str] = os.environ) -> bool:
     return environ.get(TRUST_VARIABLE) == "1"
 
 
-def read_overrides(overrides: Sequence[str], sources: RecipeSources, *, multirun: bool = False) -> tuple[Words, RecipeSources]:
-    """Checks every override and returns them with the sources that recipes named by path need. Raises ConfigError with
-    one line a mistake."""
+def read_overrides(overrides: Sequence[str], sources: RecipeSources, *, multirun: bool = False) -> Read:
+    """Checks every override, and every recipe that they name. Raises ConfigError with one line a mistake."""
     words, errors = Words(), []
     for text in overrides:
         if match := _RECIPE_PATH.fullmatch(text):
@@ -86,9 +101,15 @@ def read_overrides(overrides: Sequence[str], sources: RecipeSources, *, multirun
             words.named.add(override.key_or_group)
     if not multirun and len(words.recipes) > 1:
         errors.append(f"command line: recipe: found {', '.join(words.recipes)}; allowed one recipe, or -m to run each")
+    chains: dict[str, list[RecipeBody]] = {}
+    for name in dict.fromkeys(words.recipes):
+        try:
+            chains[name] = read_chain(sources.find(name), sources)
+        except ConfigError as error:
+            errors += error.lines
     if errors:
         raise ConfigError(errors)
-    return words, sources
+    return Read(words, sources, chains)
 
 
 def _grammar(text: str, error: HydraException) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from kernel_pytorch.errors import ConfigError
-from kernel_pytorch.recipe.chain import inherited_sweep, read_chain
+from kernel_pytorch.recipe.chain import inherited_sweep
 from kernel_pytorch.recipe.guard import sweep_text
-from kernel_pytorch.recipe.overrides import Words, read_overrides
+from kernel_pytorch.recipe.overrides import Read, read_overrides
 from kernel_pytorch.recipe.sources import RecipeSources
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.-]+")
@@ -17,22 +17,13 @@ _PLAIN = re.compile(r"[A-Za-z0-9_.-]+")
 
 def sweep_overrides(overrides: Sequence[str], sources: RecipeSources | None = None) -> list[str]:
     """What the sweep block of the recipe named in `overrides` adds under -m. Raises ConfigError for mistakes."""
-    words, sources = read_overrides(overrides, sources or RecipeSources.from_environment(), multirun=True)
-    return block_overrides(words, sources)
+    return block_overrides(read_overrides(overrides, sources or RecipeSources.from_environment(), multirun=True))
 
 
-def block_overrides(words: Words, sources: RecipeSources) -> list[str]:
-    """`sweep_overrides` of words that were read. Every recipe named is read, so that its mistakes show."""
-    blocks: dict[str, dict[str, list[Any]]] = {}
-    errors: list[str] = []
-    for name in dict.fromkeys(words.recipes):
-        try:
-            blocks[name] = inherited_sweep(read_chain(sources.find(name), sources))
-        except ConfigError as error:
-            errors += error.lines
-    if errors:
-        raise ConfigError(errors)
-    wanted = {name: {key: values for key, values in block.items() if key not in words.named} for name, block in blocks.items()}
+def block_overrides(read: Read) -> list[str]:
+    """`sweep_overrides` of words that were read."""
+    blocks = {name: inherited_sweep(chain) for name, chain in read.chains.items()}
+    wanted = {name: {key: values for key, values in block.items() if key not in read.words.named} for name, block in blocks.items()}
     with_block = [name for name, block in wanted.items() if block]
     if len(blocks) > 1 and with_block:
         raise ConfigError(
