@@ -76,11 +76,14 @@ def _run(job: Job, report: Report, progress: Progress) -> None:
     steps, plan = run.plan()
     config = job.config
     source = build("model", config.model)
-    data = None if config.data._target_ is None else build("data", config.data)
+    if config.data._target_ is None:
+        data = source.default_data(batch=config.data.batch, length=config.data.length)
+    else:
+        data = build("data", config.data)
     run.preflight(source.weight_bytes())
     with run.stage("load"):
         torch.manual_seed(config.seed)
-        loaded = source.load(data=data, config=config.data, seed=config.seed, device=job.backend.device)
+        loaded = source.load(data=data, seed=config.seed, device=job.backend.device)
     run.execute(steps, plan, loaded.model, loaded.workload, name=loaded.name, inplace=False)
 
 
