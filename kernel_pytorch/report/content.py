@@ -13,7 +13,7 @@ from kernel_pytorch.report.result import RECIPE
 from kernel_pytorch.report.statistics import spread
 
 NAME_WIDTH = 44
-NAMES_SHOWN = 3
+NAMES_SHOWN, KERNELS_SHOWN, REASONS_SHOWN = 3, 2, 6
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _plan(result: Mapping[str, Any]) -> Section | None:
     steps = result.get("steps") or []
     if not steps:
         return None
-    columns = ("group", "option", "support", "modules", "bytes of the changed", "kernel")
+    columns = ("group", "option", "support", "modules", "module bytes", "kernel")
     table = Table(tuple(Column(title, right=title == "modules", wrap=title == "kernel") for title in columns))
     notes: list[tuple[str, str]] = []
     idle = []
@@ -149,8 +149,13 @@ def _step_row(step: Mapping[str, Any]) -> list[Cell]:
         standing,
         Cell(done),
         Cell(figures.before_after(step.get("bytes_before"), step.get("bytes_after"))),
-        Cell(", ".join(kernels) or DASH),
+        Cell(_some(kernels, KERNELS_SHOWN) or DASH),
     ]
+
+
+def _some(names: list[str], shown: int) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def _step_notes(step: Mapping[str, Any]) -> list[str]:
@@ -158,11 +163,11 @@ def _step_notes(step: Mapping[str, Any]) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for skipped in step.get("skipped") or []:
         by_reason.setdefault(plain(skipped["reason"]), []).append(shorten(plain(skipped["module"]), NAME_WIDTH))
-    for reason, names in by_reason.items():
-        shown = ", ".join(names[:NAMES_SHOWN])
-        if len(names) > NAMES_SHOWN:
-            shown += f" and {len(names) - NAMES_SHOWN} more"
-        notes.append(f"skipped {len(names)}: {reason} ({shown})")
+    for reason, names in list(by_reason.items())[:REASONS_SHOWN]:
+        notes.append(f"skipped {len(names)}: {reason} ({_some(names, NAMES_SHOWN)})")
+    rest = list(by_reason.values())[REASONS_SHOWN:]
+    if rest:
+        notes.append(f"skipped {sum(map(len, rest))} more for {len(rest)} other reasons; result.json has them")
     if step.get("ignored"):
         notes.append(f"ignored, this option does not read it: {', '.join(plain(key) for key in step['ignored'])}")
     details = [
@@ -180,21 +185,22 @@ def _verification(result: Mapping[str, Any]) -> Section | None:
         return Section("Verification", None, [("off", "nothing was compared with the baseline, so there is no speed figure")])
     if found.get("passed") is None and gate.get("passed") is None and not found.get("rows"):
         return None
-    titles = (("check", False), ("measured", True), ("required", True), ("result", False))
-    table = Table(tuple(Column(title, right=right) for title, right in titles))
+    table = Table(tuple(Column(title, right=title == "measured") for title in ("check", "measured", "required", "result")))
     table.rows.extend(_implementation_rows(gate))
     floors, gated = found.get("floors") or {}, found.get("gated", True)
     for key, label in figures.QUALITY.items():
         if found.get(key) is None and key not in floors:
             continue
         outcome = _floor_outcome(key, found.get(key), floors.get(key), gated)
-        bound = DASH if key not in floors else f"{'at most' if key == 'max_abs' else 'at least'} {figures.quality(key, floors[key])}"
+        bound = DASH if key not in floors else f"{'at most' if key == 'max_abs' else 'at least'} {figures.floor(key, floors[key])}"
         table.rows.append([Cell(f"quality: {label}"), Cell(figures.quality(key, found.get(key)), "strong"), Cell(bound), outcome])
-    notes = [("rows", f"{found['rows']} held-out rows against the baseline")] if found.get("rows") else []
+    notes = [("worst module", shorten(plain(gate["worst_module"]), 2 * NAME_WIDTH))] if gate.get("worst_module") else []
+    if found.get("rows"):
+        notes.append(("rows", f"{found['rows']} held-out rows against the baseline"))
     if not gated:
         notes.append(("quality", "reported, not gated: the weights are random"))
     if found.get("first_divergence"):
-        notes.append(("diverges", plain(found["first_divergence"])))
+        notes.append(("diverges", shorten(plain(found["first_divergence"]), 2 * NAME_WIDTH)))
     notes += [("message", plain(text)) for text in (gate.get("message"), found.get("message")) if text]
     return Section("Verification", table, notes)
 
@@ -204,9 +210,7 @@ def _implementation_rows(gate: Mapping[str, Any]) -> list[list[Cell]]:
     rows = []
     if gate.get("modules_checked"):
         label = f"implementation: worst of {gate['modules_checked']} modules"
-        rows.append([Cell(label), Cell(figures.ratio(gate.get("worst_ratio")), "strong"), Cell("at most 1.00x its budget"), outcome])
-        if gate.get("worst_module"):
-            rows.append([Cell("  " + shorten(plain(gate["worst_module"]), NAME_WIDTH), "dim"), Cell(""), Cell(""), Cell("")])
+        rows.append([Cell(label), Cell(figures.ratio(gate.get("worst_ratio")), "strong"), Cell("at most 1.00x of its budget"), outcome])
     if gate.get("end_to_end_sqnr_db") is not None:
         measured = figures.quality("sqnr_db", gate["end_to_end_sqnr_db"])
         rows.append([Cell("implementation: end to end"), Cell(measured, "strong"), Cell(DASH), outcome])
@@ -241,15 +245,14 @@ def _ladder(result: Mapping[str, Any]) -> Section | None:
     notes = [] if noise is None else [("noise", f"eager timed against itself: {noise:.3f}x ({abs(1 - noise):.1%} off)")]
     compiled = [rung for rung in rungs if rung.get("graphs") is not None]
     if compiled:
-        graphs = "; ".join(
-            f"{plain(rung['name'])} {_plural(rung['graphs'], 'graph')}, {_plural(rung.get('graph_breaks'), 'break')}" for rung in compiled
-        )
-        notes.append(("compiled", graphs))
+        notes.append(("graphs", ", ".join(_graphs(rung) for rung in compiled)))
     return Section("Ladder", table, notes)
 
 
-def _plural(amount: Any, word: str) -> str:
-    return f"{DASH if amount is None else amount} {word}{'' if amount == 1 else 's'}"
+def _graphs(rung: Mapping[str, Any]) -> str:
+    breaks = rung.get("graph_breaks")
+    with_breaks = f" with {breaks} graph break{'' if breaks == 1 else 's'}" if breaks else ""
+    return f"{plain(rung['name'])} {rung['graphs']}{with_breaks}"
 
 
 def _rung_row(rung: Mapping[str, Any]) -> list[Cell]:
@@ -273,7 +276,7 @@ def _rung_row(rung: Mapping[str, Any]) -> list[Cell]:
 
 def _remarks(result: Mapping[str, Any]) -> Section | None:
     warnings = result.get("warnings") or []
-    return Section("Remarks", None, [("", plain(text)) for text in warnings]) if warnings else None
+    return Section("Remarks", None, [("note", plain(text)) for text in warnings]) if warnings else None
 
 
 def _reason(result: Mapping[str, Any], verdict: str) -> str:
@@ -293,5 +296,5 @@ def _reason(result: Mapping[str, Any], verdict: str) -> str:
         parts.append(f"{figures.ratio(after / before)} the model bytes")
     cosine = number((result.get("verification") or {}).get("cosine_min"))
     if cosine is not None:
-        parts.append(f"least cosine {cosine:.5f}")
-    return ", ".join(parts)
+        parts.append(f"least cosine {figures.quality('cosine_min', cosine)}")
+    return ", ".join(parts) or "the run ended without a word"

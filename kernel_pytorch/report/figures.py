@@ -55,7 +55,10 @@ def nbytes(value: Any) -> str:
 
 def ratio(value: Any) -> str:
     amount = number(value)
-    return DASH if amount is None else f"{amount:.2f}x"
+    if amount is None:
+        return DASH
+    # Two decimals would make a nought of a small ratio.
+    return f"{amount:.2f}x" if abs(amount) >= 0.1 else f"{significant(amount, 2)}x"
 
 
 def count(value: Any) -> str:
@@ -71,11 +74,11 @@ def seconds(value: Any) -> str:
 
 
 def before_after(before: Any, after: Any) -> str:
-    """`85.1 MB → 21.4 MB  0.25x`; a dash when there was nothing before."""
+    """`85.1 MB → 21.4 MB (0.25x)`; a dash when there was nothing before."""
     first, last = number(before), number(after)
     if not first or last is None:
         return DASH if not first else nbytes(first)
-    return f"{nbytes(first)} {ARROW} {nbytes(last)}  {ratio(last / first)}"
+    return f"{nbytes(first)} {ARROW} {nbytes(last)} ({ratio(last / first)})"
 
 
 # How a measure of quality is written, by its key in `verification`.
@@ -88,15 +91,28 @@ QUALITY: Mapping[str, str] = {
 
 
 def quality(key: str, value: Any) -> str:
+    """Rounded down where more is better: a value just under its floor must not look as if it met it."""
     amount = number(value)
     if amount is None:
         return DASH
     if not math.isfinite(amount):
         return str(amount)
     if key == "sqnr_db":
-        return f"{amount:.1f} dB"
+        return f"{_down(amount, 1)} dB"
     if key == "cosine_min":
-        return f"{amount:.5f}"
+        return _down(amount, 5)
     if key == "top1_agreement":
-        return f"{amount:.2%}"
+        return f"{_down(amount * 100, 2)} %"
     return significant(amount)
+
+
+def _down(value: float, decimals: int) -> str:
+    # The small addend keeps 0.29 from becoming 0.28 for want of a binary fraction.
+    scale = 10**decimals
+    return f"{math.floor(value * scale + 1e-9) / scale:.{decimals}f}"
+
+
+def floor(key: str, value: Any) -> str:
+    """A floor as it was asked for, with the unit of its measure."""
+    amount = number(value)
+    return DASH if amount is None else f"{amount:g}{' dB' if key == 'sqnr_db' else ''}"

@@ -65,13 +65,16 @@ def _head(said: Content) -> str:
     digest = f" <code>{_safe(said.digest)}</code>" if said.digest else ""
     return (
         f"<h1>{_safe(said.title)}{digest}</h1>\n"
-        f'<p class="verdict {said.tone}"><b>{_safe(said.verdict)}</b> <span>{_safe(said.reason)}</span>'
-        f' <span class="dim">exit {said.exit_code}</span></p>\n{_pairs(said.facts)}'
+        f'<p class="verdict {said.tone}"><b>{_safe(said.verdict)}</b> <code>exit {said.exit_code}</code>'
+        f" <span>{_safe(said.reason)}</span></p>\n{_pairs(said.facts)}"
     )
 
 
 def _pairs(pairs: Sequence[tuple[str, str]]) -> str:
-    items = "".join(f"<dt>{_safe(label)}</dt><dd>{_safe(text)}</dd>" for label, text in pairs)
+    items, last = "", None
+    for label, text in pairs:
+        items += f"<dt>{'' if label == last else _safe(label)}</dt><dd>{_safe(text)}</dd>"
+        last = label
     return f"<dl>{items}</dl>\n" if items else ""
 
 

@@ -136,12 +136,14 @@ def sweep_section(rows: Sequence[SweepRow]) -> Section:
     titles = ("", "job", "overrides", "verdict", "vs eager", "ms", "model", "peak", "cosine", "SQNR")
     table = Table(tuple(Column(title, right=title not in ("", "overrides", "verdict"), wrap=title == "overrides") for title in titles))
     marked = pareto(rows)
+    shared = [word for word in rows[0].overrides if all(word in row.overrides for row in rows)] if len(rows) > 1 else []
     for row in marked:
+        own = [plain(word) for word in row.overrides if word not in shared]
         table.rows.append(
             [
                 Cell(MARK if row.pareto else "", "good"),
                 Cell(plain(row.job), "dim"),
-                Cell(" ".join(plain(word) for word in row.overrides) or DASH, "strong" if row.pareto else ""),
+                Cell(" ".join(own) or DASH, "strong" if row.pareto else ""),
                 Cell(plain(row.verdict), TONES.get(row.verdict, "bad")),
                 Cell(figures.ratio(row.ratio_to_eager)),
                 Cell(figures.ms(row.latency_ms)),
@@ -151,9 +153,11 @@ def sweep_section(rows: Sequence[SweepRow]) -> Section:
                 Cell(figures.quality("sqnr_db", row.sqnr_db)),
             ]
         )
-    notes = [(f"job {plain(row.job)}", plain(row.error)) for row in marked if row.error]
+    notes = [("all jobs", " ".join(plain(word) for word in shared))] if shared else []
     if any(row.pareto for row in marked):
-        notes.insert(0, (MARK, "no other row of its kind is as fast, as small and as exact"))
+        notes.append((MARK, "on the Pareto front of latency, model bytes and quality, among rows of its kind"))
     if any(row.verdict == "emulated" for row in rows):
-        notes.insert(0, ("emulated", "no speed: plain-torch references ran in place of the device's kernels"))
-    return Section(f"Sweep of {len(rows)} jobs", table, notes)
+        notes.append(("emulated", "no speed: plain-torch references ran in place of the device's kernels"))
+    notes += [(f"job {plain(row.job)}", plain(row.error)) for row in marked if row.error]
+    good = sum(row.verdict in GOOD_VERDICTS for row in rows)
+    return Section(f"Sweep of {len(rows)} job{'' if len(rows) == 1 else 's'}, {good} good", table, notes)

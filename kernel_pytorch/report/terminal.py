@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -27,11 +27,11 @@ _ASCII = str.maketrans({"—": "-", "→": ">", "–": "-", "★": "*"})
 
 def make_console(stream: TextIO | None = None) -> Console:
     """At most 100 columns on a terminal, exactly 100 and no escape sequence elsewhere. Honours NO_COLOR."""
-    stream = sys.stdout if stream is None else stream
-    terminal = stream.isatty()
+    out = sys.stdout if stream is None else stream
+    terminal = out.isatty()
     width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns) if terminal else WIDTH
     return Console(
-        file=stream,
+        file=out,
         width=width,
         force_terminal=terminal,
         no_color=True if os.environ.get("NO_COLOR") else None,
@@ -71,10 +71,17 @@ class _Drawing:
             text = text.translate(_ASCII).encode(self._console.encoding, "backslashreplace").decode(self._console.encoding)
         return Text(text, style=style, overflow="fold")
 
+    def _print(self, drawn: RenderableType = "") -> None:
+        """Without the blanks that pad a line to the full width: a report is pasted into other texts."""
+        with self._console.capture() as capture:
+            self._console.print(drawn)
+        lines = capture.get().split("\n")
+        self._console.file.write("\n".join(line.rstrip(" ") for line in lines))
+
     def heading(self, title: str, digest: str) -> None:
-        self._console.print()
+        self._print()
         line = self._text(title, "bold")
-        self._console.print(line + self._text(f"  {digest}", "dim") if digest else line)
+        self._print(line + self._text(f"  {digest}", "dim") if digest else line)
 
     def lines(self, pairs: Sequence[tuple[str, str]]) -> None:
         """Labels in a column of their own, texts wrapped beside them; a repeated label is written once."""
@@ -89,25 +96,27 @@ class _Drawing:
             self._indented(grid)
 
     def section(self, section: Section) -> None:
-        self._console.print()
-        self._console.print(self._text(section.title, "bold"))
+        self._print()
+        self._print(self._text(section.title, "bold"))
         if section.table is not None:
             self._indented(self._table(section.table))
+            if section.notes:
+                self._print()
         self.lines(section.notes)
 
     def verdict(self, verdict: str, tone: str, reason: str, exit_code: int) -> None:
-        self._console.print()
+        self._print()
         grid = RichTable.grid(padding=(0, 2, 0, 0))
-        grid.add_column(no_wrap=True)
-        grid.add_column(overflow="fold", ratio=1)
-        grid.add_column(no_wrap=True, justify="right")
+        for _ in range(2):
+            grid.add_column(no_wrap=True)
+        grid.add_column(overflow="fold")
         bold = _STYLES[tone] if "bold" in _STYLES[tone] else f"bold {_STYLES[tone]}"
-        grid.add_row(self._text(verdict, bold), self._text(reason), self._text(f"exit {exit_code}", "dim"))
-        self._console.print(grid)
+        grid.add_row(self._text(verdict, bold), self._text(f"exit {exit_code}", "dim"), self._text(reason))
+        self._print(grid)
 
     def folder(self, folder: Path | None) -> None:
         if folder is not None:
-            self._console.print(self._text(f"written to {plain(folder)}", "dim"))
+            self._print(self._text(f"written to {plain(folder)}", "dim"))
 
     def _table(self, table: Table) -> RichTable:
         drawn = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
@@ -123,4 +132,4 @@ class _Drawing:
         return self._text(cell.text, _STYLES[cell.tone])
 
     def _indented(self, drawn: RichTable) -> None:
-        self._console.print(Padding(drawn, (0, 0, 0, 2)))
+        self._print(Padding(drawn, (0, 0, 0, 2)))
