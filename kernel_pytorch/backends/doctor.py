@@ -1,0 +1,108 @@
+"""What this machine can do, as rows of a table. Figures are read or measured here; what is unknown says so."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+import torch
+
+from kernel_pytorch.backends import capabilities, host
+from kernel_pytorch.backends.bandwidth import matmul_rates, read_bandwidth
+from kernel_pytorch.backends.base import Backend, Facts
+from kernel_pytorch.backends.cpu import CpuBackend
+from kernel_pytorch.backends.nvidia import NvidiaBackend
+from kernel_pytorch.schema import OnMismatch
+
+if TYPE_CHECKING:
+    from kernel_pytorch.optimizer import Support
+
+_PACKAGES = ("torch", "triton", "torchao", "transformers", "hydra-core", "omegaconf")
+_MISSING = {"transformers": "extra `demo`", "triton": "no Triton kernels", "torchao": "no torchao comparison"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. value: what was found, with its unit. note: what follows from it, or where it is from."""
+
+    what: str
+    value: str
+    note: str = ""
+
+
+def diagnose(measure: bool = False, options: Iterable[tuple[str, Support]] = ()) -> list[Row]:
+    """Everything about this machine that a recipe may depend on.
+
+    measure: also times memory and matmuls, which takes seconds. options: (`precision=int8_dynamic`, the step's own answer
+    for this machine) pairs; this layer does not know the steps."""
+    backends: list[Backend] = [CpuBackend(hardware="any", on_mismatch=OnMismatch.error)]
+    gpu = NvidiaBackend(hardware="any", on_mismatch=OnMismatch.error)
+    if gpu.available():
+        backends.append(gpu)
+    rows = [Row("python", platform.python_version(), platform.platform())]
+    rows += [_package(name) for name in _PACKAGES]
+    for backend in backends:
+        rows += _device(backend)
+    if not gpu.available():
+        rows.append(Row("nvidia", "none", "torch is built for ROCm" if torch.version.hip else "torch.cuda finds no device"))
+    rows += [Row(name, support.level.value, support.reason) for name, support in options]
+    if measure:
+        for backend in backends:
+            rows += _measured(backend)
+    return rows
+
+
+def _package(name: str) -> Row:
+    try:
+        return Row(name, metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Row(name, "not installed", _MISSING.get(name, ""))
+
+
+def _device(backend: Backend) -> list[Row]:
+    facts = backend.facts
+    rows = [Row(backend.vendor, facts.name, facts.arch or "architecture unknown"), _memory(backend)]
+    if backend.vendor == "cpu":
+        rows += _cpu_rows(facts)
+    else:
+        has = [name for name in capabilities.NVIDIA if capabilities.nvidia_has(facts.arch, name)]
+        rows.append(Row("nvidia features", " ".join(has) or "none", facts.arch or ""))
+        rows.append(Row("nvidia driver", facts.details["driver"] or "unknown", f"torch is built for CUDA {facts.details['cuda']}"))
+    return rows
+
+
+def _cpu_rows(facts: Facts) -> list[Row]:
+    compiler, cap = facts.details["cxx_compiler"], facts.details["onednn_max_cpu_isa"]
+    unused = sorted(set(facts.details["processor_isa"]) - set(facts.isa))
+    note = ""
+    if unused:
+        cause = f"ONEDNN_MAX_CPU_ISA={cap}" if cap else "the system gives no permission for AMX tiles"
+        note = f"not used by oneDNN: {' '.join(unused)} ({cause})"
+    int8 = [flag for flag in capabilities.CPU["int8_matmul"] if flag in facts.isa]
+    return [
+        Row("cpu isa", " ".join(facts.isa) or "unknown", note),
+        Row("cpu int8 matmul", " ".join(int8) or "no instruction", ""),
+        Row("cpu bf16 matmul", *(("amx_bf16", "") if "amx_bf16" in facts.isa else ("no AMX", "bf16 is slower than fp32 here"))),
+        Row("cpu threads", str(facts.num_threads), "torch.get_num_threads()"),
+        Row("c++ compiler", compiler or "none", "" if compiler else "torch.compile on a CPU needs one: install g++ or set CXX"),
+    ]
+
+
+def _memory(backend: Backend) -> Row:
+    total, free = backend.facts.memory_bytes, backend.available_memory_bytes()
+    shown = "unknown" if total is None else f"{total / 2**30:.1f} GiB"
+    return Row(f"{backend.vendor} memory", shown, "" if free is None else f"{free / 2**30:.1f} GiB available")
+
+
+def _measured(backend: Backend) -> list[Row]:
+    if backend.vendor == "cpu":
+        cache, free = host.last_level_cache_bytes(), backend.available_memory_bytes()
+    else:
+        cache, free = torch.cuda.get_device_properties(backend.device).L2_cache_size, backend.available_memory_bytes()
+    read = read_bandwidth(backend.device, cache, free)
+    rows = [Row(f"{backend.vendor} memory read", f"{read.bytes_per_s / 1e9:.1f} GB/s", read.note)]
+    rows += [Row(f"{backend.vendor} matmul {rate.dtype}", rate.shown, rate.note) for rate in matmul_rates(backend.device)]
+    return rows
