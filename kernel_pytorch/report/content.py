@@ -287,7 +287,7 @@ def _reason(result: Mapping[str, Any], verdict: str) -> str:
     if verdict == "emulated":
         parts.append("plain-torch references, no speed figure")
     elif number(rung.get("ratio_to_eager")) is not None:
-        parts.append(f"{figures.ratio(rung['ratio_to_eager'])} eager")
+        parts.append(f"speed {figures.ratio(rung['ratio_to_eager'])} eager")
         if number(rung.get("ratio_to_compiled")) is not None:
             parts.append(f"{figures.ratio(rung['ratio_to_compiled'])} compiled")
     model = result.get("model") or {}

@@ -52,7 +52,8 @@ def page(result: Mapping[str, Any]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
         f"<style>{_STYLE}</style></head>\n<body>\n{_head(said)}{sections}"
-        "<footer>Times are medians of interleaved rounds in one process. 1 MB is 1,000,000 bytes. A dash means not measured."
+        "<footer>Times are medians of interleaved rounds in one process; a ratio above 1 is faster. "
+        "1 MB is 1,000,000 bytes. A dash means not measured."
         "</footer>\n</body></html>\n"
     )
 

@@ -47,7 +47,7 @@ def test_the_page_stands_alone(full_report):
 
 def test_same_figures_as_the_terminal(full_report):
     text = " ".join(read(full_report().to_dict()).text.split())
-    assert "PASS exit 0 2.78x eager, 2.34x compiled, 0.65x the model bytes, least cosine 0.99621" in text
+    assert "PASS exit 0 speed 2.78x eager, 2.34x compiled, 0.65x the model bytes, least cosine 0.99621" in text
     assert "recipe 8.41 8.29–8.68 2.78x 2.34x 30,432 61.8 MB 41.7 s" in text
     assert "precision int8_dynamic native 36/37 42.5 MB → 10.7 MB (0.25x) onednn_int8_linear" in text
 

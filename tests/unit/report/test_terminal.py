@@ -91,7 +91,7 @@ def test_verification_rows_and_last_lines(full_report):
     assert row(text, "quality: largest") == ["quality: largest difference", "0.0871", "—", "reported"]
     assert row(text, "implementation: worst") == ["implementation: worst of 36 modules", "0.61x", "at most 1.00x of its budget", "pass"]
     assert text.splitlines()[-2:] == [
-        "PASS  exit 0  2.78x eager, 2.34x compiled, 0.65x the model bytes, least cosine 0.99621",
+        "PASS  exit 0  speed 2.78x eager, 2.34x compiled, 0.65x the model bytes, least cosine 0.99621",
         "written to outputs/here",
     ]
     assert text.splitlines()[1] == "cpu_int8  1a2b3c4d5e6f"
