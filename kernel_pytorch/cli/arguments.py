@@ -80,7 +80,8 @@ def _take_flag(word: str, rest: list[str], arguments: Arguments, trust: bool) ->
     flag, equals, value = word.partition("=") if word.startswith("--") else (word, "", "")
     if flag in _TRUSTED or _abbreviates_trusted(flag):
         if not trust:
-            if not equals and flag in _TRUSTED and rest and not rest[0].startswith("-") and "=" not in rest[0]:
+            separate = not equals and (flag in _TRUSTED or flag.startswith("--"))
+            if separate and rest and not rest[0].startswith("-") and "=" not in rest[0]:
                 rest.pop(0)
             return f"{shown(flag)} reads configuration as code: set {TRUST_VARIABLE}=1 if you trust it as you trust a program"
         return _take_value(flag, equals, value, rest, arguments.trusted, None) if flag in _TRUSTED else _unknown(word)

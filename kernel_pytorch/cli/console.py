@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
+LEVEL_STYLE = {"native": "green", "emulated": "yellow", "unsupported": "red"}
+
 
 def table(*columns: str, fixed: tuple[int, ...] = (0,)) -> Table:
     """Columns without lines; those at the positions `fixed` never wrap."""

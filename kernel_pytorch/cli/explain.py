@@ -10,7 +10,7 @@ from rich.text import Text
 
 from kernel_pytorch.cli import arguments as command_line
 from kernel_pytorch.cli.catalogue import recipe_word
-from kernel_pytorch.cli.console import table, value_text
+from kernel_pytorch.cli.console import LEVEL_STYLE, table, value_text
 from kernel_pytorch.cli.describe import changed_values
 from kernel_pytorch.cli.words import checked
 from kernel_pytorch.devices import DEVICES
@@ -25,8 +25,6 @@ from kernel_pytorch.recipe.sources import RecipeSources, is_path
 from kernel_pytorch.report.plain import plain
 from kernel_pytorch.report.terminal import make_console
 from kernel_pytorch.schema import RootConfig, nearest
-
-_LEVEL_STYLE = {"native": "green", "emulated": "yellow", "unsupported": "red"}
 
 
 def explain(words: list[str]) -> int:
@@ -128,15 +126,19 @@ def _print_files(out: Console, shown: Iterable[Origin]) -> None:
 
 
 def _print_plan(composed: Composed, device: str | None) -> None:
-    from kernel_pytorch.engine.plan import explain_plan
+    from kernel_pytorch.engine.explain import explain_plan
 
     out = make_console()
-    rows = table("step", "on " + (device or "this machine"), "why", fixed=(0, 1))
-    for step in explain_plan(composed.config, composed.choices, device):
-        if step.optimizer is None and step.option in ("none", "auto") and not step.reason:
-            continue
-        rows.add_row(f"{step.group}={step.option}", Text(step.support, style=_LEVEL_STYLE.get(step.support, "")), step.reason)
-    out.print(rows if rows.row_count else "No step changes anything.")
+    steps, outcome = explain_plan(composed.config, composed.choices, composed.ignored, device)
+    rows = table("step", device or "this machine", "why", fixed=(0, 1))
+    for step in steps:
+        if step.optimizer is not None:
+            rows.add_row(f"{step.group}={step.option}", Text(step.support, style=LEVEL_STYLE.get(step.support, "")), plain(step.reason))
+    if rows.row_count:
+        out.print(rows)
+        out.print()
+    level, _, reason = outcome.partition(": ")
+    out.print(Text(level, style=LEVEL_STYLE.get(level, "")), plain(reason), sep="  ")
 
 
 def diff(words: Sequence[str]) -> int:
