@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
+from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -70,9 +72,12 @@ def compose(overrides: Sequence[str], sources: RecipeSources | None = None) -> C
     """Composes and validates one run. Raises ConfigError with one line a mistake; nothing is written."""
     read = read_overrides(overrides, sources or RecipeSources.from_environment())
     conf = str(data_folder("conf"))
-    with registered(read.sources), hydra_errors(), hydra.initialize_config_dir(conf, job_name="kernel_pytorch", **_version()):
+    with registered(read.sources), hydra_errors(), _own_hydra(), hydra.initialize_config_dir(conf, job_name="kernel_pytorch", **_version()):
         cfg = hydra.compose("config", overrides=read.words.hydra, return_hydra_config=True)
-        return _finish(cfg, read, str(cfg.hydra.run.dir))
+        composed = _finish(cfg, read, str(cfg.hydra.run.dir))
+        chosen = cfg.hydra.runtime.choices
+        assert {group: chosen[group] for group in composed.choices} == composed.choices, "Hydra composed other options than were explained"
+        return composed
 
 
 def compose_task(cfg: DictConfig, overrides: Sequence[str], run_dir: str, sources: RecipeSources | None = None) -> Composed:
@@ -111,6 +116,18 @@ def _finish(cfg: DictConfig, read: Read, run_dir: str) -> Composed:
         ignored=result.ignored,
         run_dir=os.path.abspath(run_dir),
     )
+
+
+@contextmanager
+def _own_hydra() -> Iterator[None]:
+    """The caller may be a Hydra program itself: its global state is as before when the block ends."""
+    state, version = GlobalHydra.instance(), VersionBase.instance()
+    before = state.hydra, version.version_base
+    state.clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra, version.version_base = before
 
 
 def _version() -> dict[str, Any]:

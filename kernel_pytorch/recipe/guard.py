@@ -45,7 +45,10 @@ class RecipeBody:
 
     def as_hydra(self) -> dict[str, Any]:
         """The config that Hydra merges. `info` is given whole, so that nothing of the parent's is inherited."""
-        defaults: list[Any] = [self.parent] if self.parent else []
+        # Hydra takes a bare name as one of the group `recipe`; ours is one of the same folder.
+        here = f"/recipe/{self.file.namespace}/" if self.file.namespace else "/recipe/"
+        parent = self.parent if self.parent is None or self.parent.startswith("/") else here + self.parent
+        defaults: list[Any] = [parent] if parent else []
         defaults += [{f"override /{group}": option} for group, option in self.choices.items()]
         empty = {"name": "", "description": "", "hardware": [], "proven_on": []}
         body = nest(self.values) | {"info": {name: self.info.get(name, empty.get(name)) for name in annotations(InfoConfig)}}

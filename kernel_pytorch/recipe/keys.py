@@ -139,7 +139,8 @@ def allowed(annotation: Any) -> str:
     if kind in words:
         return words[kind] + bounds + suffix
     if typing.get_origin(kind) is list:
-        return "a list of " + {str: "texts"}.get(typing.get_args(kind)[0], "mappings") + suffix
+        item = typing.get_args(kind)[0]
+        return "a list of " + (f"mappings with {', '.join(annotations(item))}" if is_dataclass(item) else "texts") + suffix
     return "a mapping" + suffix
 
 
@@ -182,8 +183,12 @@ def coerce(key: str, value: Any) -> tuple[Any, str | None]:
     if isinstance(value, str) and value.strip() == "???":
         return None, wrong
     try:
-        node = _node(cls)
-        OmegaConf.update(node, name, value, merge=False)
+        node: Any = _node(cls)
+        if isinstance(value, list):
+            # Merging, unlike assigning, makes a list's mappings the class that the schema names.
+            node = OmegaConf.merge(node, {name: value})
+        else:
+            OmegaConf.update(node, name, value, merge=False)
         typed = node[name]
         typed = OmegaConf.to_container(typed) if isinstance(typed, Container) else typed
         if isinstance(typed, float) and not math.isfinite(typed):

@@ -21,7 +21,7 @@ from kernel_pytorch.recipe.chain import read_chain
 from kernel_pytorch.recipe.guard import RecipeBody
 from kernel_pytorch.recipe.keys import HYDRA_WORDS, coerce, flatten, quoted, unknown
 from kernel_pytorch.recipe.options import GROUPS, options
-from kernel_pytorch.recipe.sources import RecipeSources, is_path, name_problem
+from kernel_pytorch.recipe.sources import RecipeSources, is_path
 from kernel_pytorch.schema import nearest
 
 TRUST_VARIABLE = "KERNEL_PYTORCH_TRUST_CONFIG"
@@ -126,13 +126,8 @@ def _recipe_names(override: Override, multirun: bool) -> tuple[list[str], str | 
             return [], f"command line: recipe: found {quoted(override.get_value_string())}; allowed names: recipe=a,b"
         return [str(value) for value in override.sweep_string_iterator()], None
     value = override.value()
-    if not isinstance(value, str) or name_problem(value):
-        return (
-            [],
-            f"command line: recipe: found {quoted(value)}; allowed the name of a recipe, NAMESPACE/NAME or FILE.yaml"
-            if "/" not in str(value)
-            else None,
-        )
+    if not isinstance(value, str):
+        return [], f"command line: recipe: found {quoted(value)}; allowed the name of a recipe, NAMESPACE/NAME or FILE.yaml"
     return [value], None
 
 
@@ -204,8 +199,8 @@ def _single(key: str, value: Any, words: Words) -> Iterator[str]:
         for part in reversed(key.split(".")):
             tree = {part: tree}
         for leaf, found in flatten(tree):
-            problem = coerce(leaf, found)[1]
-            if problem:
+            # An interpolation, which only a trusted caller may write, has its value when the config is composed.
+            if not _interpolates(found) and (problem := coerce(leaf, found)[1]):
                 yield f"command line: {leaf}: {problem}"
             words.values[leaf] = found
     elif isinstance(value, str) and value in options(key):

@@ -45,11 +45,12 @@ def is_path(name: str) -> bool:
 
 
 def shown(path: Path) -> str:
-    """`path` for a message: relative to the working folder where it is inside it."""
+    """`path` for a message: relative to the working folder where it is inside it, without control characters."""
     try:
-        return str(path.relative_to(Path.cwd()))
+        text = str(path.relative_to(Path.cwd()))
     except ValueError:
-        return str(path)
+        text = str(path)
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class RecipeSources:
         if is_path(name):
             folder = self._at(name)
             if problem := name_problem(Path(name).stem):
-                raise RecipeError(f"{name}: file name: {problem}")
+                raise RecipeError(f"recipe: found {name!r}: file name: {problem}")
             if not os.path.lexists(folder.path / Path(name).name):
                 raise RecipeError(f"recipe: found {name!r}, and there is no such file{self._nearest(name)}")
             return folder.file(folder.path / Path(name).name)

@@ -21,6 +21,7 @@ from kernel_pytorch.recipe.keys import quoted
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 8
 MAX_DIGITS = 18
+MAX_KEY = 100
 # The scanner's work grows with the square of the open brackets on a line.
 MAX_BRACKETS = 512
 
@@ -101,14 +102,15 @@ def control_characters(text: str) -> str | None:
 
 
 def _scan(text: str) -> None:
-    depth = documents = 0
+    depth = 0
+    first = True
     for token in _tokens(text):
         line = token.start_mark.line + 1
         if what := _REFUSED_TOKENS.get(type(token)):
             raise RecipeError(f"line {line}: found {what}; allowed plain keys, lists and values")
-        documents += isinstance(token, yaml.DocumentStartToken)
-        if documents > 1:
+        if isinstance(token, yaml.DocumentStartToken) and not first:
             raise RecipeError(f"line {line}: found a second document; allowed one")
+        first = first and isinstance(token, yaml.StreamStartToken)
         depth += isinstance(token, _OPEN)
         depth -= isinstance(token, _CLOSE)
         if depth > MAX_DEPTH:
@@ -146,12 +148,24 @@ def _mapping(node: yaml.MappingNode, path: str, errors: list[str]) -> dict[str, 
             what = "a merge key (<<)" if key_node.tag.endswith(":merge") else f"the key {quoted(key_node.value)}"
             errors.append(f"line {line}: found {what}; allowed keys that are text")
             continue
-        key = _string(key_node.value, f"line {line}", errors)
+        key = key_node.value
+        if problem := _key_problem(key):
+            errors.append(f"line {line}: {problem}")
+            continue
         full = f"{path}{key}"
         if key in result:
             errors.append(f"{full}: found twice, again on line {line}; allowed once")
         result[key] = _value(value_node, full, errors)
     return result
+
+
+def _key_problem(key: str) -> str | None:
+    """Keys are printed as they are, so they are checked before anything below them is."""
+    if len(key) > MAX_KEY:
+        return f"found a key of {len(key):,} characters; allowed at most {MAX_KEY}"
+    if bad := control_characters(key.replace("\t", "\0")):
+        return f"found the control character {bad} in a key; allowed printable text"
+    return f"found the key {quoted(key)}; allowed no interpolations ('${{')" if "${" in key else None
 
 
 def _value(node: yaml.Node, path: str, errors: list[str]) -> Any:
