@@ -66,7 +66,7 @@ def optimize(
     workload.trained = trained
     with _Attach(report, backend):
         describe_machine(report, backend)
-        run = Run(make_job(composed.config, composed.choices, composed.ignored, resolution), report, Progress(None).stage)
+        run = Run(make_job(composed.config, composed.choices, composed.ignored, resolution), report, Progress(None))
         steps, plan = run.plan()
         optimized = run.execute(steps, plan, model, workload, name=type(model).__name__, inplace=inplace)
     return Optimized(optimized, report)

@@ -72,7 +72,7 @@ def run_job(job_file: Path, terminal: TextIO) -> int:
 
 def _run(job: Job, report: Report, progress: Progress) -> None:
     describe_machine(report, job.backend)
-    run = Run(job, report, progress.stage)
+    run = Run(job, report, progress)
     steps, plan = run.plan()
     config = job.config
     source = build("model", config.model)

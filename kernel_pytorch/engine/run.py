@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +21,12 @@ from kernel_pytorch.errors import OutOfMemoryError, PerformanceError, Verificati
 from kernel_pytorch.measure.graphs import CompileCounts, error_on_recompile_limit
 from kernel_pytorch.measure.ladder import judge
 from kernel_pytorch.optimizer import Applied, Context, Optimizer, Workload, tensor_bytes
+from kernel_pytorch.report.progress import Progress
 from kernel_pytorch.report.result import RECIPE, ModelResult, Report, WorkloadResult
 from kernel_pytorch.schema import RootConfig
 from kernel_pytorch.verify.model import END_TO_END_MARGIN_DB, ModelValidator, collect_rows, first_divergence, floors, rounding_floor
 from kernel_pytorch.verify.module import ModuleCheck, ModuleValidator
 from kernel_pytorch.verify.rows import agreement
-
-# Opens a named stage of the run: a progress line for a person, nothing for a pipe.
-Stage = Callable[[str], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -46,15 +44,15 @@ class Job:
 class Run:
     """One model through one recipe. `report` is complete after `execute`, and as far as it got when that raises."""
 
-    def __init__(self, job: Job, report: Report, stage: Stage) -> None:
+    def __init__(self, job: Job, report: Report, progress: Progress) -> None:
         self.job, self.report, self.config = job, report, job.config
-        self._stage = stage
+        self._progress = progress
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         try:
-            with self._stage(name):
+            with self._progress.stage(name):
                 yield
         finally:
             self.report.seconds[name] = round(time.perf_counter() - started, 3)
@@ -174,7 +172,7 @@ class Run:
         quantization = agreement(expected, stepped)
         computed_in = getattr(torch, self.config.precision.dtype) if self.config.precision.dtype else dtype
         allowed = min(rounding_floor(computed_in).sqnr_db, quantization.sqnr_db + END_TO_END_MARGIN_DB)
-        gate.end_to_end_sqnr_db = same.sqnr_db if same.sqnr_db != float("inf") else None
+        gate.end_to_end_sqnr_db, gate.end_to_end_floor_db = same.sqnr_db, allowed
         wanted = floors(self.config.precision.quality, self.config.verify, dtype)
         misses = ModelValidator(floors=wanted, gated=workload.trained).judge(expected, actual, logits=workload.logits, into=verification)
         verification.first_divergence = diverged
@@ -203,8 +201,11 @@ class Run:
         arm = make_arm(RECIPE, optimized, context.workload, first)
         # Eager, compiled, the recipe, and one arm a step when ablating.
         with error_on_recompile_limit(num_arms=3 + len(active(steps))):
-            ladder = time_ladder(model, baseline, arm, steps, context, self.config.measure, lambda done, total: None)
+            ladder = time_ladder(model, baseline, arm, steps, context, self.config.measure, self._note_round)
         self.report.ladder, self.report.noise = ladder.rungs, ladder.noise
+
+    def _note_round(self, done: int, total: int) -> None:
+        self._progress.note(f"round {done}/{total}")
 
     def _say_why_untimed(self, plan: Plan) -> None:
         if plan.emulated:

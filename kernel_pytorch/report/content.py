@@ -213,7 +213,9 @@ def _implementation_rows(gate: Mapping[str, Any]) -> list[list[Cell]]:
         rows.append([Cell(label), Cell(figures.ratio(gate.get("worst_ratio")), "strong"), Cell("at most 1.00x of its budget"), outcome])
     if gate.get("end_to_end_sqnr_db") is not None:
         measured = figures.quality("sqnr_db", gate["end_to_end_sqnr_db"])
-        rows.append([Cell("implementation: end to end"), Cell(measured, "strong"), Cell(DASH), outcome])
+        floor = gate.get("end_to_end_floor_db")
+        required = DASH if floor is None else f"at least {figures.quality('sqnr_db', floor)}"
+        rows.append([Cell("implementation: end to end"), Cell(measured, "strong"), Cell(required), outcome])
     return rows or [[Cell("implementation"), Cell(DASH), Cell(DASH), outcome]]
 
 

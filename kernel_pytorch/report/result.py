@@ -60,13 +60,15 @@ class WorkloadResult:
 @dataclass
 class Implementation:
     """The implementation gate. worst_ratio: our error over what the plain reference is allowed; above 1 fails.
-    end_to_end_sqnr_db: the finished model (compiled, captured) against the same steps uncompiled."""
+    end_to_end_sqnr_db: the finished model (compiled, captured) against the same steps uncompiled; inf when bit-identical.
+    end_to_end_floor_db: what that had to reach."""
 
     passed: bool | None = None
     modules_checked: int = 0
     worst_module: str | None = None
     worst_ratio: float | None = None
     end_to_end_sqnr_db: float | None = None
+    end_to_end_floor_db: float | None = None
     message: str = ""
 
 

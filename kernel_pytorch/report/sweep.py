@@ -76,9 +76,9 @@ def invalid_row(job: str, overrides: Sequence[str], error: str) -> SweepRow:
 def pareto(rows: Sequence[SweepRow]) -> list[SweepRow]:
     """The rows with their marks set.
 
-    Compared are latency (lower), model bytes (lower) and quality (higher): SQNR where all rows of a pool have it, else the
-    least cosine. Only passing rows with speed, passing rows without, and emulated rows are pools of their own: an
-    emulated row says nothing of a device's speed. Failed and unverified rows are never marked.
+    Compared are speed against the same process's eager arm (higher), model bytes (lower) and quality (higher): SQNR where
+    all rows of a pool have it, else the least cosine. Only passing rows with speed, passing rows without, and emulated rows
+    are pools of their own: an emulated row says nothing of a device's speed. Failed and unverified rows are never marked.
     """
     pools: dict[tuple[str, bool], list[SweepRow]] = {}
     for row in rows:
@@ -100,7 +100,9 @@ def _costs(row: SweepRow, pool: Sequence[SweepRow]) -> tuple[float, float, float
     """Lower is better in each; what was not measured is the worst there is."""
     by_sqnr = all(other.sqnr_db is not None and not math.isnan(other.sqnr_db) for other in pool)
     quality = row.sqnr_db if by_sqnr else row.cosine_min
-    latency = row.latency_ms if _pool(row)[1] else 0.0
+    # Each job has its own process and moment; its ratio to the eager arm beside it compares, milliseconds do not.
+    speed = row.latency_ms if row.ratio_to_eager is None else 1 / row.ratio_to_eager
+    latency = speed if _pool(row)[1] else 0.0
     return _or_worst(latency), _or_worst(row.model_bytes), _or_worst(None if quality is None else -quality)
 
 
@@ -155,7 +157,7 @@ def sweep_section(rows: Sequence[SweepRow]) -> Section:
         )
     notes = [("all jobs", " ".join(plain(word) for word in shared))] if shared else []
     if any(row.pareto for row in marked):
-        notes.append((MARK, "on the Pareto front of latency, model bytes and quality, among rows of its kind"))
+        notes.append((MARK, "on the Pareto front of speed against eager, model bytes and quality, among rows of its kind"))
     if any(row.verdict == "emulated" for row in rows):
         notes.append(("emulated", "no speed: plain-torch references ran in place of the device's kernels"))
     notes += [(f"job {plain(row.job)}", plain(row.error)) for row in marked if row.error]

@@ -102,8 +102,7 @@ class ModuleValidator:
         expected = getattr(optimizer.reference(change.original), "weight", None)
         if not isinstance(expected, torch.Tensor):
             return None
-        stored = dequantize().double()
-        expected = expected.detach().double()
+        stored, expected = dequantize().double(), expected.detach().double()
         if stored.shape != expected.shape:
             return ModuleCheck(change.name, float("inf"), f"stored weights have shape {tuple(stored.shape)}, not {tuple(expected.shape)}")
         largest = expected.abs().amax(dim=-1, keepdim=True).clamp_min(1e-300)
