@@ -93,9 +93,11 @@ class RecipeConfigSource(ConfigSource):
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         path = config_path.strip("/")
         groups = {"": [GROUP], GROUP: [self.namespace] if self.namespace else []}.get(path, [])
-        configs = [file.path.stem for file in self.folder.files()] if path == self.group else []
-        names = [name for name in configs if name_problem(name) is None] if results_filter != ObjectType.GROUP else []
-        return sorted({*names, *(groups if results_filter != ObjectType.CONFIG else [])})
+        stems = [stem for file in self.folder.files() if name_problem(stem := file.path.stem) is None]
+        # `recipe=` completes to team/nightly too, as it is written.
+        prefix = f"{self.namespace}/" if path == GROUP and self.namespace else ""
+        configs = [prefix + stem for stem in stems] if path in (GROUP, self.group) and (self.folder.listed or not prefix) else []
+        return sorted({*(configs if results_filter != ObjectType.GROUP else []), *(groups if results_filter != ObjectType.CONFIG else [])})
 
     def load_config(self, config_path: str) -> ConfigResult:
         file = self._file(config_path)

@@ -12,6 +12,7 @@ from pathlib import Path
 import hydra
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 
 from kernel_pytorch.errors import ConfigError
 from kernel_pytorch.paths import data_folder
@@ -189,6 +190,17 @@ def test_compose_leaves_the_registration_and_the_callers_hydra_alone(sources: Re
         assert compose(["recipe=eager"], sources).recipe == "eager"
         assert GlobalHydra.instance().hydra is outer
     assert hydra_source.active() is active
+
+
+def test_what_completion_lists(write, sources: RecipeSources, tmp_path: Path) -> None:
+    write("nightly", "info: {}")
+    write("true", "info: {}")
+    (tmp_path / "mine.yaml").write_text("info: {}")
+    sources = sources.with_file(str(tmp_path / "mine.yaml"))
+    with hydra_source.registered(sources), hydra.initialize_config_dir(str(data_folder("conf")), **_version()):
+        loader = GlobalHydra.instance().config_loader()
+        assert loader.get_group_options("recipe", ObjectType.CONFIG) == [*RECIPES, "team/nightly"]
+        assert loader.get_group_options("recipe/team", ObjectType.CONFIG) == ["nightly"]
 
 
 APP = """
