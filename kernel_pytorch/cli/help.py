@@ -3,50 +3,58 @@
 from __future__ import annotations
 
 PROGRAM = """\
-KernelPyTorch: one YAML recipe makes a model faster or smaller, proves that it still computes the same, and measures the gain.
+KernelPyTorch: one YAML recipe makes a model faster or smaller, proves that it still computes the
+same, and measures the gain.
 
 usage:
-  kernel-pytorch [FLAGS] [GROUP=OPTION ...] [KEY=VALUE ...]     run: apply, verify, measure, report
-  kernel-pytorch COMMAND ...                                    `kernel-pytorch COMMAND --help` for each
+  kernel-pytorch [FLAGS] [GROUP=OPTION ...] [KEY=VALUE ...]   run: apply, verify, measure, report
+  kernel-pytorch COMMAND ...                                  `COMMAND --help` tells more
 
-  python -m kernel_pytorch is the same program.
+  `python -m kernel_pytorch` is the same program.
 
 examples:
-  kernel-pytorch +recipe=cpu_int8                               one run
-  kernel-pytorch +recipe=cpu_int8 model=bert data.batch=16      the command line wins over the recipe
-  kernel-pytorch +recipe=./mine.yaml                            a recipe file of your own
+  kernel-pytorch +recipe=cpu_int8
+  kernel-pytorch +recipe=cpu_int8 model=bert data.batch=16    the command line wins over the recipe
+  kernel-pytorch +recipe=./mine.yaml                          a recipe file of your own
   kernel-pytorch +recipe=cpu_int8 -m precision=bf16,int8_dynamic compile=none,default     a sweep
-  kernel-pytorch explain +recipe=h100_fp8 --device a100         where values come from, and the plan for a device
+  kernel-pytorch explain +recipe=h100_fp8 --device a100       where values come from, and the plan
 
 commands:
   list                      recipes that can be named
   describe NAME             a recipe, a group, or GROUP=OPTION
-  explain [WORDS] [KEY]     where every value came from, and the plan
+  explain [WORDS] [KEY]     where every value came from, and the plan for this or a named device
   diff A B                  the values in which two recipes differ
   validate NAME|FILE ...    check recipes, all errors at once
   copy RECIPE DEST          a recipe as a file to edit
   doctor                    what this machine can do
 
-groups (describe GROUP lists the options):
-  of a recipe   backend attention fusion precision memory compile graph
-  of a run      model data verify measure
+groups (`describe GROUP` lists the options):
+  of a recipe               backend attention fusion precision memory compile graph
+  of a run                  model data verify measure
 
 flags:
-  -m, --multirun            sweep: every combination of comma-separated values, and of the recipe's `sweep:` block
-  --recipes TEAM=DIR        a folder of recipes, named +recipe=TEAM/NAME; may be repeated; also KERNEL_PYTORCH_RECIPES=TEAM=DIR:...
+  -m, --multirun            sweep: every combination of values given as a list, a,b,c, and of the
+                            recipe's `sweep:` block
+  --recipes TEAM=DIR        a folder of recipes, used as +recipe=TEAM/NAME; may be repeated;
+                            KERNEL_PYTORCH_RECIPES=TEAM=DIR:TEAM=DIR says the same
   --cfg job                 print the composed configuration and stop
   --info [WHAT]             Hydra's view: all, config, defaults, defaults-tree, plugins, searchpath
   --hydra-help              Hydra's own help
-  -sc install=SHELL         shell completion of recipes, options and keys (the installed script only, not python -m):
-                            eval "$(kernel-pytorch -sc install=bash)"
+  -sc install=SHELL         shell completion of recipes, options and keys, for the installed script
+                            (not for python -m):  eval "$(kernel-pytorch -sc install=bash)"
   --version, --help
 
-output folder: outputs/DATE/TIME, a sweep's multirun/DATE/TIME; hydra.run.dir=DIR and hydra.sweep.dir=DIR choose another.
+output folder: outputs/DATE/TIME, of a sweep multirun/DATE/TIME; hydra.run.dir=DIR and
+  hydra.sweep.dir=DIR choose another.
 
-exit codes: 0 pass, emulated, unverified    2 a mistake in what was written (nothing is run)    3 unsupported hardware
-            4 no effect    5 numerics    6 performance    1 our failure    130 interrupted
+exit codes:
+    0  pass, emulated, unverified              4  no effect
+    1  our failure                             5  numerics
+    2  a mistake in what was written; nothing  6  performance
+       is run and nothing is written         130  interrupted
+    3  unsupported hardware
 
-KERNEL_PYTORCH_TRUST_CONFIG=1 opens --config-dir and Hydra's own settings: they run code from the folder they name.
+KERNEL_PYTORCH_TRUST_CONFIG=1 opens --config-dir and Hydra's own settings, which can run code.
 HYDRA_FULL_ERROR=1 shows tracebacks.
 """
 
@@ -60,22 +68,22 @@ A file that cannot be read is listed with its error; the others are not affected
     "describe": """\
 usage: kernel-pytorch describe RECIPE | GROUP | GROUP=OPTION
 
-RECIPE         description, hardware, digest, the files it is made of, its sweep and the values that are not defaults
-GROUP          every setting with its type, unit, range, default and meaning, and the options of the group
-GROUP=OPTION   what the option sets, and which settings it reads
+RECIPE         description, hardware, digest, parents, sweep, and the values that are not defaults
+GROUP          every setting with its range, unit, default and meaning, and the group's options
+GROUP=OPTION   the settings that the option reads, and what it sets
 """,
     "explain": """\
-usage: kernel-pytorch explain [GROUP=OPTION ...] [KEY=VALUE ...] [--device NAME] [KEY ...]
+usage: kernel-pytorch explain [RECIPE] [GROUP=OPTION ...] [KEY=VALUE ...] [--device NAME] [KEY ...]
 
-Where every value that is not a default came from, layer by layer, and the plan: for each step whether this machine,
-or the device named by --device, does it natively, by emulation or not at all, and why. The device need not be here.
-KEY shows one value only, such as precision.weight.format; without `=` a word that is a recipe's name means +recipe=NAME.
+Where every value that is not a default came from, layer by layer, and the plan: whether this
+machine, or the device of --device, does each step natively, by emulation or not at all, and why.
+The device need not be here. KEY, such as precision.weight.format, shows the layers of one value.
 Exit 0 also when a step is unsupported.
 """,
     "diff": """\
 usage: kernel-pytorch diff A B
 
-The values in which two recipes differ, as KEY: A -> B. A and B are names or files. Exit 0.
+The values in which two recipes differ, as KEY  A -> B. A and B are names or files. Exit 0.
 """,
     "validate": """\
 usage: kernel-pytorch validate NAME|FILE ...
@@ -85,13 +93,15 @@ Checks recipes and prints every mistake, one a line. Exit 2 if there is one.
     "copy": """\
 usage: kernel-pytorch copy RECIPE DEST
 
-Writes the recipe to the file DEST (or to RECIPE.yaml in the folder DEST) to be edited; never overwrites a file.
-Run it with +recipe=./DEST.
+Writes the recipe to the file DEST, or under its own name to the folder DEST, to be edited; never
+overwrites a file. Run it with +recipe=./DEST.
 """,
     "doctor": """\
 usage: kernel-pytorch doctor [--measure]
 
-What this machine has and can do: hardware, software, and for every option native, emulated or unsupported with the reason.
---measure   also times a copy, to give the memory bandwidth
+What this machine has and can do: hardware, software, and for every option native, emulated or
+unsupported, with the reason.
+
+--measure   also times memory and matmuls, which takes seconds
 """,
 }

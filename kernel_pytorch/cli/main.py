@@ -12,6 +12,8 @@ from kernel_pytorch.errors import ConfigError, KernelPyTorchError
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 INTERRUPTED = 130
+# What a shell says of a program that SIGPIPE ended.
+READER_LEFT = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,9 +32,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of a pipe left (`list | head`): what it asked for was printed, and flushing at exit must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _reader_left()
+    except SystemExit as end:
+        # rich turns a broken pipe into an exit of its own.
+        if isinstance(end.__context__, BrokenPipeError):
+            return _reader_left()
+        raise
+
+
+def _reader_left() -> int:
+    """The reader of a pipe left (`list | head`): nobody is told, and flushing at exit must not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return READER_LEFT
 
 
 def _dispatch(words: list[str]) -> int:

@@ -41,7 +41,8 @@ def show(result: dict[str, Any], folder: Path) -> None:
     from kernel_pytorch.report.terminal import render
 
     if result["verdict"] in ONE_LINE:
-        print(plain(" ".join(str(result["error"]).splitlines())), file=sys.stderr)
+        where = f" (see {folder / 'log.txt'})" if result["verdict"] == "error" else ""
+        print(plain(" ".join(str(result["error"]).splitlines()) + where), file=sys.stderr)
     else:
         render(result, folder)
 
