@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from kernel_pytorch.backends.base import Backend
-from kernel_pytorch.compile.options import compile_keywords, compile_support
+from kernel_pytorch.compile.options import compile_keywords, compile_module, compile_support
 from kernel_pytorch.optimizer import Applied, Context, Optimizer, Support
 from kernel_pytorch.schema import CompileMode
 
@@ -24,6 +24,6 @@ class InductorCompile(Optimizer):
         return compile_support(backend)
 
     def apply(self, model: nn.Module, context: Context) -> Applied:
-        keywords: dict[str, Any] = compile_keywords(context.backend, self.mode)
-        model.compile(fullgraph=self.fullgraph, dynamic=self.dynamic, **keywords)
+        keywords: dict[str, Any] = compile_keywords(context.backend, self.mode, isolate=True)
+        compile_module(model, fullgraph=self.fullgraph, dynamic=self.dynamic, **keywords)
         return Applied(model, num_changed=1, kernels=("inductor",), details={"options": keywords["options"]})

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
+
+import torch
+from torch import nn
 
 from kernel_pytorch.backends.base import Backend
 from kernel_pytorch.optimizer import Level, Support
@@ -23,8 +27,27 @@ def compile_support(backend: Backend) -> Support:
     return Support(Level.native)
 
 
-def compile_keywords(backend: Backend, mode: CompileMode) -> dict[str, Any]:
-    """`options` for torch.compile. Raises AssertionError if a backend's options turn CUDA graphs on."""
+def compile_keywords(backend: Backend, mode: CompileMode, *, isolate: bool) -> dict[str, Any]:
+    """`options` for torch.compile, and where this torch has it a recompile limit of the call's own when `isolate`: models of
+    one class share their code, and past 8 compiled variants of it torch would run eagerly.
+
+    Raises AssertionError if a backend's options turn CUDA graphs on."""
     options = {"triton.cudagraphs": False, **backend.compile_options(mode.value)}
     assert options["triton.cudagraphs"] is False, "CUDA graphs belong to the group graph"
-    return {"options": options}
+    keywords: dict[str, Any] = {"options": options}
+    if isolate and "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        keywords["isolate_recompiles"] = True
+    return keywords
+
+
+def compile_module(module: nn.Module, **keywords: Any) -> None:
+    """`module.compile()`, also for a class of torch's own such as nn.Sequential, whose frames torch.compile skips at the top."""
+    if not type(module).__module__.startswith("torch."):
+        module.compile(**keywords)
+        return
+    inner = module._call_impl
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return inner(*args, **kwargs)
+
+    module._compiled_call_impl = torch.compile(call, **keywords)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from kernel_pytorch.backends.base import Backend
-from kernel_pytorch.compile.options import compile_keywords, compile_support
+from kernel_pytorch.compile.options import compile_keywords, compile_module, compile_support
 from kernel_pytorch.optimizer import Applied, Context, Optimizer, Support, select_modules
 from kernel_pytorch.schema import CompileMode
 
@@ -31,9 +31,10 @@ class RegionalCompile(Optimizer):
         selection = select_modules(model, lambda name, _: bool(self.include) or name in blocks, self.include, self.exclude)
         if not selection.matched:
             return Applied(model, skipped=selection.skipped, not_applicable="the model has no ModuleList that repeats a class")
-        keywords: dict[str, Any] = compile_keywords(context.backend, self.mode)
+        # Not isolated: equal blocks share what the first one compiled.
+        keywords: dict[str, Any] = compile_keywords(context.backend, self.mode, isolate=False)
         for module in selection.matched.values():
-            module.compile(fullgraph=self.fullgraph, dynamic=self.dynamic, **keywords)
+            compile_module(module, fullgraph=self.fullgraph, dynamic=self.dynamic, **keywords)
         details = {"options": keywords["options"], "blocks": sorted(selection.matched)}
         return Applied(model, skipped=selection.skipped, num_changed=len(selection.matched), kernels=("inductor",), details=details)
 

@@ -30,11 +30,11 @@ class FusedProjections(nn.Module):
     depends on who was called before. One attribute, replaced whole, holds the state: a second thread can only miss it.
     """
 
-    def __init__(self, fused: nn.Module, sizes: tuple[int, ...], *, contiguous: bool) -> None:
+    def __init__(self, fused: nn.Module, sizes: tuple[int, ...]) -> None:
         super().__init__()
         self.fused = fused
         self.sizes = sizes
-        self.contiguous = contiguous
+        self.contiguous = False
         self._shared: _Shared | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -107,7 +107,22 @@ class FuseProjections(Optimizer):
             changes += _fuse(model, group, linears)
         if not changes:
             return Applied(model, skipped=skipped, not_applicable="no linear layers of one parent read the same tensor")
-        return Applied(model, changes, skipped)
+        return Applied(model, changes, skipped, details=_settle(model, context))
+
+
+def _settle(model: nn.Module, context: Context) -> dict[str, Any]:
+    """Parts are slices of one output. A caller that flattens them with `view` needs copies instead: one call tells."""
+    try:
+        with torch.no_grad():
+            context.workload.probe(model)
+    except RuntimeError as error:
+        if "view" not in str(error):
+            raise
+        for module in model.modules():
+            if isinstance(module, FusedProjections):
+                module.contiguous = True
+        return {"copied_outputs": "a caller flattens a projection's output with view, which a slice does not allow"}
+    return {}
 
 
 def _watch(model: nn.Module, linears: dict[str, nn.Linear], context: Context) -> list[list[str]]:
@@ -176,7 +191,7 @@ def _fuse(model: nn.Module, group: list[str], linears: dict[str, nn.Linear]) -> 
     fused.weight = nn.Parameter(torch.cat([linear.weight.detach() for linear in members]), first.weight.requires_grad)
     if first.bias is not None:
         fused.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in members]), first.bias.requires_grad)
-    holder = FusedProjections(fused, sizes, contiguous=False).train(first.training)
+    holder = FusedProjections(fused, sizes).train(first.training)
     changes = []
     for index, name in enumerate(group):
         replacement = holder if index == 0 else ProjectionPart(holder, index).train(first.training)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from kernel_pytorch.errors import UnsupportedOperationError
 from kernel_pytorch.kernels.native import NativeLibrary, build
 
 # (M, K, N) that tests and benchmarks share: MiniLM's layers, one row, odd widths, no rows.
@@ -91,6 +92,16 @@ def choose(isa: Collection[str]) -> tuple[str | None, str]:
     if "amx_int8" in isa and torch.cpu._init_amx():
         return "int8_amx", ""
     return "int8_avx512_vnni", ""
+
+
+def require(kernel: str) -> None:
+    """Loads the operator for a kernel that `choose` named elsewhere. Raises UnsupportedOperationError when this machine cannot run it."""
+    has_amx = kernel != "int8_amx" or torch.cpu._init_amx()
+    if not torch.cpu._is_vnni_supported() or not has_amx:
+        raise UnsupportedOperationError(f"{kernel} was chosen on another machine; this processor cannot run it: quantize the model here")
+    library = _library()
+    if library.path is None:
+        raise UnsupportedOperationError(f"{kernel}: {library.reason}")
 
 
 def run(

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 from kernel_pytorch.backends.base import Backend
 from kernel_pytorch.backends.capabilities import cpu_has, nvidia_has
-from kernel_pytorch.optimizer import Applied, Change, Context, Level, Optimizer, Support
+from kernel_pytorch.optimizer import Applied, Context, Level, Optimizer, Support, tensor_bytes
 
 
 class CastInputs:
@@ -64,7 +64,8 @@ class Cast(Optimizer):
         # deepcopy with the casts as memo: tied tensors stay tied, and attributes that point to modules follow.
         clone = copy.deepcopy(model, memo)
         clone.register_forward_pre_hook(CastInputs(dtype), prepend=True, with_kwargs=True)
-        return Applied(clone, num_changed=num_cast, kernels=(self.dtype_name,), details={"tensors_cast": num_cast})
+        details = {"bytes_before": tensor_bytes(model), "bytes_after": tensor_bytes(clone)}
+        return Applied(clone, num_changed=num_cast, kernels=(self.dtype_name,), details=details)
 
 
 def _on_cpu(dtype: str, isa: tuple[str, ...], name: str) -> Support:

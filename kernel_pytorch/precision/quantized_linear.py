@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,6 +64,12 @@ class QuantizedLinear(nn.Module):
         return module.train(linear.training)
 
     quantizes_activations: bool = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._packed:
+            # A module that another process pickled: this one must have the operator, and a processor for it.
+            int8_linear.require(self.kernel)
 
     @property
     def _packed(self) -> bool:
@@ -135,11 +142,12 @@ class QuantizedLinear(nn.Module):
     def _int8_mm(self, rows: torch.Tensor) -> torch.Tensor:
         q, scale, offset = int8.quantize_rows(rows, symmetric=self.symmetric, per_row=self.per_row)
         num_rows = rows.shape[0]
-        if rows.is_cuda:
-            # cuBLASLt's int8 matmul wants more than 16 rows, in eights, and K as wide as the stored weight.
-            padded_rows = max(24, -(-num_rows // 8) * 8)
-            q = F.pad(q, (0, self.weight.shape[1] - q.shape[1], 0, padded_rows - num_rows))
-        sums = torch._int_mm(q, self.weight.t())[:num_rows, : self.out_features]
+        # The stored weight may be wider than the input; cuBLASLt's int8 matmul wants more than 16 rows, in eights.
+        extra_inputs = self.weight.shape[1] - self.in_features
+        extra_rows = max(24, -(-num_rows // 8) * 8) - num_rows if rows.is_cuda else 0
+        if extra_inputs or extra_rows:
+            q = F.pad(q, (0, extra_inputs, 0, extra_rows))
+        sums = torch.ops.aten._int_mm(q, self.weight.t())[:num_rows, : self.out_features]
         y = sums.float()
         if offset is not None:
             assert self.weight_sum is not None
@@ -149,9 +157,12 @@ class QuantizedLinear(nn.Module):
 
     def _scaled_mm(self, rows: torch.Tensor) -> torch.Tensor:
         q, scale = float8.quantize_rows(rows, self.weight.dtype, per_row=self.per_row)
-        q = F.pad(q, (0, self.weight.shape[1] - q.shape[1]))
+        # float8 has no padding kernel; its zero is the byte 0.
+        q = F.pad(q.view(torch.int8), (0, self.weight.shape[1] - q.shape[1])).view(q.dtype)
         weight_scale = F.pad(self.weight_scale, (0, self.weight.shape[0] - self.out_features), value=1.0)
-        y = torch._scaled_mm(q, self.weight.t(), scale_a=scale.contiguous(), scale_b=weight_scale[None, :], out_dtype=torch.bfloat16)
+        y = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+            q, self.weight.t(), scale_a=scale.contiguous(), scale_b=weight_scale[None, :], out_dtype=torch.bfloat16
+        )
         y = y[:, : self.out_features]
         return (y if self.bias is None else y + self.bias.to(y.dtype)).to(rows.dtype)
 
