@@ -36,15 +36,19 @@ def run(arguments: Arguments) -> int:
 
 
 def show(result: dict[str, Any], folder: Path) -> None:
-    """The report on stdout; for a run that measured nothing, one line on stderr and nothing else."""
+    """The report on stdout; for a run that measured nothing, one line on stderr and nothing else.
+
+    A failed gate is in the report; a pipe that takes stdout away gets its one line on stderr as well."""
     from kernel_pytorch.report.plain import plain
     from kernel_pytorch.report.terminal import render
 
     if result["verdict"] in ONE_LINE:
         where = f" (see {folder / 'log.txt'})" if result["verdict"] == "error" else ""
         print(plain(" ".join(str(result["error"]).splitlines()) + where), file=sys.stderr)
-    else:
-        render(result, folder)
+        return
+    render(result, folder)
+    if result["exit_code"] and not sys.stdout.isatty():
+        print(plain(" ".join(str(result["error"]).splitlines())), file=sys.stderr)
 
 
 def forget(folder: Path, made: Path | None) -> None:

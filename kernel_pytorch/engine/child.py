@@ -24,10 +24,13 @@ from kernel_pytorch.backends.detect import resolve
 from kernel_pytorch.engine.run import Job, Run
 from kernel_pytorch.engine.session import conclude, describe_machine, make_job, translate
 from kernel_pytorch.engine.steps import build
+from kernel_pytorch.models.source import ModelSource
+from kernel_pytorch.models.text import DataSource
 from kernel_pytorch.recipe.canonical import from_dict
 from kernel_pytorch.report.progress import Progress
 from kernel_pytorch.report.result import Report
 from kernel_pytorch.report.write import write_run
+from kernel_pytorch.schema import DataConfig, RootConfig
 
 JOB_FILE = "job.json"
 LOG_FILE = "log.txt"
@@ -76,15 +79,21 @@ def _run(job: Job, report: Report, progress: Progress) -> None:
     steps, plan = run.plan()
     config = job.config
     source = build("model", config.model)
-    if config.data._target_ is None:
-        data = source.default_data(batch=config.data.batch, length=config.data.length)
-    else:
-        data = build("data", config.data)
+    data = _data(config, source)
     run.preflight(source.weight_bytes())
     with run.stage("load"):
         torch.manual_seed(config.seed)
         loaded = source.load(data=data, seed=config.seed, device=job.backend.device)
     run.execute(steps, plan, loaded.model, loaded.workload, name=loaded.name, inplace=False)
+
+
+def _data(config: RootConfig, source: ModelSource) -> DataSource | None:
+    """The named data source; the model's own, with the user's sizes; or None when the user said nothing of data."""
+    if config.data._target_ is not None:
+        return build("data", config.data)
+    if config.data == DataConfig():
+        return None
+    return source.default_data(batch=config.data.batch, length=config.data.length)
 
 
 def _quiet(log: Path) -> TextIO:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -152,9 +153,11 @@ class Run:
             return None
         wanted = floors(self.config.precision.quality, self.config.verify, dtype)
         found = agreement(expected, stepped)
-        floor_db = wanted.get("sqnr_db", 20.0)
-        if found.sqnr_db >= floor_db and found.cosine_min >= wanted.get("cosine_min", -1.0):
+        if found.sqnr_db >= wanted["sqnr_db"] and found.cosine_min >= wanted["cosine_min"]:
             return None
+        # A row at cosine c from the baseline's has a noise of about 2 (1 - c) of its power.
+        by_cosine = -10 * math.log10(max(2 * (1 - wanted["cosine_min"]), 1e-12))
+        floor_db = wanted["sqnr_db"] if found.sqnr_db < wanted["sqnr_db"] else by_cosine
         with torch.inference_mode():
             return first_divergence(baseline, stepped_model, workload, floor_db=floor_db)
 

@@ -46,10 +46,9 @@ def floors(scheme: QualityFloor, verify: VerifyConfig, dtype: torch.dtype) -> di
     stated = scheme.cosine_min is not None or scheme.sqnr_db is not None
     source = scheme if stated else rounding_floor(dtype)
     found: dict[str, float] = {}
-    for name in ("cosine_min", "sqnr_db"):
+    for name, none in (("cosine_min", -1.0), ("sqnr_db", 0.0)):
         values = [value for value in (getattr(source, name), getattr(verify, name)) if value is not None]
-        if values:
-            found[name] = max(values)
+        found[name] = max(values, default=none)
     if verify.top1_agreement is not None:
         found["top1_agreement"] = verify.top1_agreement
     if verify.max_abs is not None:

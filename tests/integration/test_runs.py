@@ -127,8 +127,8 @@ def test_verify_off_is_unverified_and_gives_no_speed(place):
 
 def test_a_factory_of_the_users_own(place):
     (place.work / "mine.py").write_text(
-        "import torch\nfrom torch import nn\n"
-        "def make():\n    torch.manual_seed(0)\n    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)), (torch.randn(300, 64),)\n"
+        "import torch\nfrom torch import nn\ndef make():\n    torch.manual_seed(0)\n"
+        "    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)), (torch.randn(300, 64),)\n"
     )
     ended, result = run(place, "precision=int8_weight_only", "model=factory", "model.factory=mine:make", "measure=off")
     assert (ended.code, result["verdict"]) == (0, "pass"), ended.err
@@ -143,9 +143,9 @@ def test_a_sweep_from_a_recipes_own_block(place):
     )
     ended = place.run("+recipe=./mine.yaml", "-m", *TINY, "hydra.sweep.dir=sweep")
     sweep = json.loads((place.work / "sweep" / "sweep.json").read_text(encoding="utf-8"))
-    assert [row["verdict"] for row in sweep["rows"]] == ["pass", "pass"], ended.err
+    assert [row["verdict"] for row in sweep["jobs"]] == ["pass", "pass"], ended.err
     assert ended.code == 0
-    assert [row["overrides"] for row in sweep["rows"]] == [["precision=none"], ["precision=int8_weight_only"]]
+    assert [row["overrides"] for row in sweep["jobs"]] == [["precision=none"], ["precision=int8_weight_only"]]
     assert "★" in ended.out
 
 
@@ -160,9 +160,9 @@ def test_an_impossible_combination_is_a_row_and_the_sweep_goes_on(place):
     )
     ended = place.run(*words)
     sweep = json.loads((place.work / "sweep" / "sweep.json").read_text(encoding="utf-8"))
-    assert [row["verdict"] for row in sweep["rows"]] == ["invalid", "emulated"], ended.err
-    assert sweep["rows"][1]["latency_ms"] is None
-    assert "weight" in sweep["rows"][0]["error"]
+    assert [row["verdict"] for row in sweep["jobs"]] == ["invalid", "emulated"], ended.err
+    assert sweep["jobs"][1]["latency_ms"] is None
+    assert "weight" in sweep["jobs"][0]["error"]
     assert ended.code == 0
 
 
