@@ -20,7 +20,7 @@ from kernel_pytorch.schema import OnMismatch
 if TYPE_CHECKING:
     from kernel_pytorch.optimizer import Support
 
-_PACKAGES = ("torch", "triton", "torchao", "transformers", "hydra-core", "omegaconf")
+_PACKAGES = ("triton", "torchao", "transformers", "hydra-core", "omegaconf")
 _MISSING = {"transformers": "extra `demo`", "triton": "no Triton kernels", "torchao": "no torchao comparison"}
 
 
@@ -42,7 +42,7 @@ def diagnose(measure: bool = False, options: Iterable[tuple[str, Support]] = ())
     gpu = NvidiaBackend(hardware="any", on_mismatch=OnMismatch.error)
     if gpu.available():
         backends.append(gpu)
-    rows = [Row("python", platform.python_version(), platform.platform())]
+    rows = [Row("python", platform.python_version(), platform.platform()), Row("torch", torch.__version__)]
     rows += [_package(name) for name in _PACKAGES]
     for backend in backends:
         rows += _device(backend)

@@ -166,7 +166,7 @@ class GraphedCall:
     def _record(self, family: _Family, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         family.num_attempts += 1
         rng, before = self._recorder.rng_state(), python_state(self._model)
-        watch = WriteWatch()
+        watch = WriteWatch(self._recorder.device.type)
         try:
             with torch.compiler.set_stance("force_eager"), watch:
                 result = self._plain(*args, **kwargs)
@@ -180,6 +180,9 @@ class GraphedCall:
             # What Python holds cannot be put back, so this call counts. A model may fill a cache once: try once more.
             if family.num_attempts > 1:
                 self._refuse(family, call, "the call changes Python attributes, which a replay would not")
+            return result
+        if watch.waits_for is not None:
+            self._refuse(family, call, f"the call waits for a value of the device: {watch.waits_for}")
             return result
         watch.restore()
         family.by_address = tuple(i for i, t in enumerate(call.tensors) if watch.wrote(t) or _overlaps(t))

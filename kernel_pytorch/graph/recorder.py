@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,7 +76,8 @@ class CudaRecorder(Recorder):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self._pool: Any = None
         self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
 
     def busy(self) -> bool:
@@ -91,26 +94,35 @@ class CudaRecorder(Recorder):
         torch.cuda.synchronize(self.device)
         # Casts that autocast remembers would be read by later calls, but capture does not compute them.
         torch.clear_autocast_cache()
+        # A pool ends with its last graph; its handle cannot be used again.
+        if self._pool is None or not self._graphs:
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # torch.cuda.graph() leaves its stream current when a capture fails; this does not.
         with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 output = call()
+                graph.capture_end()
             except RuntimeError:
                 self._abandon(graph)
                 raise
-            graph.capture_end()
-        torch.clear_autocast_cache()
+            finally:
+                torch.clear_autocast_cache()
+        self._graphs.add(graph)
         return Recording(output, graph.replay)
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Ends a capture that failed: the end fails too, for the reason that is being raised."""
-        self._pool = torch.cuda.graph_pool_handle()
-        try:
+        """Ends a capture that failed: the end fails too, for the reason that is being raised, and leaves the random
+        generator believing that it is being captured. A small capture that succeeds sets it free."""
+        self._pool = None
+        with contextlib.suppress(RuntimeError):
             graph.capture_end()
-        except RuntimeError:
-            return
+        del graph
+        healing = torch.cuda.CUDAGraph()
+        healing.capture_begin(capture_error_mode="thread_local")
+        torch.zeros(1, device=self.device)
+        healing.capture_end()
 
     def compare(self, plain: Callable[[], Any], replay: Callable[[], Any], undo: Callable[[], None]) -> Comparison:
         for call in (plain, replay):

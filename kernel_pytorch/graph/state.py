@@ -21,12 +21,16 @@ _OWN = {"_parameters", "_buffers", "_modules", "_compiled_call_impl", *(name for
 class WriteWatch(TorchDispatchMode):
     """Watches one call for operations that write to memory which was there before it, by the operations' schemas, and saves
     that memory before the first write: `restore` undoes the call. Sees tensors of inference mode, which have no version
-    counter, and writes of equal values, which a comparison would miss."""
+    counter, and writes of equal values, which a comparison would miss.
+
+    waits_for: the operation that needs a value of `device_type` memory on the host, which no graph can record; or None."""
 
     supports_higher_order_operators = True
 
-    def __init__(self) -> None:
+    def __init__(self, device_type: str) -> None:
         super().__init__()
+        self._device_type = device_type
+        self.waits_for: str | None = None
         self._created: dict[int, StorageWeakRef] = {}
         self.found: dict[int, torch.UntypedStorage] = {}
         self._saved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -34,6 +38,8 @@ class WriteWatch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and _has_storage(leaf)]
+        if self.waits_for is None and _needs_values(func, args) and any(t.device.type == self._device_type for t in inputs):
+            self.waits_for = str(func)
         for tensor in inputs:
             storage = tensor.untyped_storage()
             if storage._cdata not in self._created:
@@ -75,11 +81,22 @@ def _has_storage(tensor: torch.Tensor) -> bool:
     return is_plain(tensor) and tensor.layout is torch.strided
 
 
+def _needs_values(func: Any, args: Any) -> bool:
+    """Whether the result's value or shape goes to the host: `item`, `nonzero`, indexing with a mask."""
+    tags = getattr(func, "tags", ())
+    if func is torch.ops.aten.index.Tensor:
+        return any(isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags
+
+
 def _written(func: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     schema = getattr(func, "_schema", None)
     if schema is None:
         # A higher-order operator does not say what it writes: take all of its inputs.
         return inputs
+    if "batch_norm" in schema.name or "instance_norm" in schema.name:
+        # These update running statistics, vectors, and their schemas do not say so.
+        return [tensor for tensor in inputs if tensor.dim() == 1]
     if not schema.is_mutable:
         return []
     values = []

@@ -233,6 +233,18 @@ def test_the_first_call_counts_once_though_it_runs_many_times() -> None:
     assert [model(x)[0].item() for _ in range(3)] == [1.0, 2.0, 3.0]
 
 
+def test_running_statistics_are_updated_once_a_call() -> None:
+    model = nn.BatchNorm1d(2, momentum=0.5).train()
+    wrap(model)
+    x = torch.tensor([[0.0, 2.0], [4.0, 2.0]])
+    for _ in range(2):
+        model(x)
+    assert model.running_mean is not None
+    assert model.running_mean.tolist() == [1.5, 1.5]
+    assert model.num_batches_tracked is not None
+    assert int(model.num_batches_tracked) == 2
+
+
 def test_random_numbers_go_on_as_without_capture() -> None:
     model = nn.Dropout(0.5)
     wrap(model)
@@ -342,6 +354,20 @@ def test_a_failed_capture_falls_back_with_its_reason_and_undoes_what_it_did() ->
     for _ in range(2):
         assert model(torch.ones(1, 2), cache, torch.zeros(2, dtype=torch.int64)[:1]).tolist() == [1.0, 1.0]
     assert reasons(graphed) == ["capture failed: operation not permitted when stream is capturing"]
+
+
+@pytest.mark.parametrize("index", ["item", "mask"])
+def test_a_call_that_needs_a_value_on_the_host_is_not_recorded(index: str) -> None:
+    class Value(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * x.sum().item() if index == "item" else x[x > 0] * 2
+
+    model = Value()
+    graphed, recorder = wrap(model)
+    x = torch.ones(2)
+    assert [model(x).tolist() for _ in range(2)] == [[2.0, 2.0]] * 2
+    name = "aten.item.default" if index == "item" else "aten.index.Tensor"
+    assert (recorder.num_recorded, reasons(graphed)) == (0, [f"the call waits for a value of the device: {name}"])
 
 
 def test_an_error_of_the_call_itself_reaches_the_caller() -> None:
