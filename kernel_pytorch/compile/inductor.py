@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from kernel_pytorch.backends.base import Backend
-from kernel_pytorch.compile.options import compile_keywords, compile_module, compile_support
+from kernel_pytorch.compile.options import compile_keywords, compile_module, compile_support, describe
 from kernel_pytorch.optimizer import Applied, Context, Optimizer, Support
 from kernel_pytorch.schema import CompileMode
 
@@ -26,4 +26,4 @@ class InductorCompile(Optimizer):
     def apply(self, model: nn.Module, context: Context) -> Applied:
         keywords: dict[str, Any] = compile_keywords(context.backend, self.mode, isolate=True)
         compile_module(model, fullgraph=self.fullgraph, dynamic=self.dynamic, **keywords)
-        return Applied(model, num_changed=1, kernels=("inductor",), details={"options": keywords["options"]})
+        return Applied(model, num_changed=1, kernels=("inductor",), details={"options": describe(keywords)})

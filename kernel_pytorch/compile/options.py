@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from kernel_pytorch.backends.base import Backend
+from kernel_pytorch.compile.passes import FuseEpilogues
 from kernel_pytorch.optimizer import Level, Support
 from kernel_pytorch.schema import CompileMode
 
@@ -34,10 +35,18 @@ def compile_keywords(backend: Backend, mode: CompileMode, *, isolate: bool) -> d
     Raises AssertionError if a backend's options turn CUDA graphs on."""
     options = {"triton.cudagraphs": False, **backend.compile_options(mode.value)}
     assert options["triton.cudagraphs"] is False, "CUDA graphs belong to the group graph"
+    if backend.vendor == "cpu":
+        options["pre_grad_custom_pass"] = FuseEpilogues()
     keywords: dict[str, Any] = {"options": options}
     if isolate and "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         keywords["isolate_recompiles"] = True
     return keywords
+
+
+def describe(keywords: dict[str, Any]) -> dict[str, Any]:
+    """The options as the receipt shows them: JSON types."""
+    options = keywords["options"]
+    return {name: value if isinstance(value, (bool, int, float, str)) else type(value).__name__ for name, value in options.items()}
 
 
 def compile_module(module: nn.Module, **keywords: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from kernel_pytorch.backends.base import Backend
-from kernel_pytorch.compile.options import compile_keywords, compile_module, compile_support
+from kernel_pytorch.compile.options import compile_keywords, compile_module, compile_support, describe
 from kernel_pytorch.optimizer import Applied, Context, Optimizer, Support, select_modules
 from kernel_pytorch.schema import CompileMode
 
@@ -35,7 +35,7 @@ class RegionalCompile(Optimizer):
         keywords: dict[str, Any] = compile_keywords(context.backend, self.mode, isolate=False)
         for module in selection.matched.values():
             compile_module(module, fullgraph=self.fullgraph, dynamic=self.dynamic, **keywords)
-        details = {"options": keywords["options"], "blocks": sorted(selection.matched)}
+        details = {"options": describe(keywords), "blocks": sorted(selection.matched)}
         return Applied(model, skipped=selection.skipped, num_changed=len(selection.matched), kernels=("inductor",), details=details)
 
 

@@ -19,13 +19,17 @@ from kernel_pytorch.kernels.native import NativeLibrary, build
 SHAPES = ((256, 384, 1152), (256, 384, 384), (256, 384, 1536), (256, 1536, 384), (1, 384, 384), (3, 33, 17), (37, 130, 70), (0, 64, 64))
 
 BLOCK_N, BLOCK_K, GROUP = 16, 64, 4
+# Position of `gelu` among the operator's arguments.
+_GELU_ARGUMENT = 7
 # 255 * 127 * K must fit the int32 sums.
 MAX_K = 65536
 
 _FLAGS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "avx2", "fma", "f16c", "amx-tile", "amx-int8")
 
 
-def reference(x: torch.Tensor, q: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None, *, symmetric: bool) -> torch.Tensor:
+def reference(
+    x: torch.Tensor, q: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None, *, symmetric: bool, gelu: bool = False
+) -> torch.Tensor:
     """x [M, K] floating, q [N, K] int8, weight_scale [N], bias [N] -> [M, N] in x.dtype; sums in float64.
 
     Row codes are 0..255 over [min(x, 0), max(x, 0)], or -127..127 over [-max|x|, max|x|] when symmetric."""
@@ -39,7 +43,8 @@ def reference(x: torch.Tensor, q: torch.Tensor, weight_scale: torch.Tensor, bias
         zero = torch.round(-low * (255 / width))
         codes, step = (torch.round(values * (255 / width)) + zero).clamp(0, 255) - zero, width / 255
     y = (codes.double() @ q.double().t()) * step.double() * weight_scale.double()
-    return (y if bias is None else y + bias.double()).to(x.dtype)
+    y = y if bias is None else y + bias.double()
+    return (torch.nn.functional.gelu(y) if gelu else y).to(x.dtype)
 
 
 def pack(q: torch.Tensor) -> torch.Tensor:
@@ -77,6 +82,7 @@ def _fake(
     bias: torch.Tensor | None,
     out_features: int,
     symmetric: bool,
+    gelu: bool,
     amx: bool,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
@@ -114,8 +120,30 @@ def run(
     *,
     symmetric: bool,
     amx: bool,
+    gelu: bool = False,
 ) -> torch.Tensor:
     """x [..., K] float32 or bfloat16 -> [..., N] in x.dtype. weight: from `pack`; weight_scale, weight_sum (float32 and int32,
-    the sum of a row's codes): padded; bias: float32 [N]. Raises ValueError when shapes do not fit. `choose` must have
+    the sum of a row's codes): padded; bias: float32 [N]; gelu: the erf form, on the
+    output. Raises ValueError when shapes do not fit. `choose` must have
     named a kernel first: it loads the operator."""
-    return torch.ops.kernel_pytorch.int8_linear(x, weight, weight_scale, weight_sum, bias, out_features, symmetric, amx)
+    return torch.ops.kernel_pytorch.int8_linear.default(x, weight, weight_scale, weight_sum, bias, out_features, symmetric, gelu, amx)
+
+
+def absorb_gelu(graph: torch.fx.Graph) -> int:
+    """Moves F.gelu (erf form) into the int8 linear whose output only it reads; returns how many. For graphs as Dynamo makes them."""
+    namespace = torch.ops.kernel_pytorch
+    if not hasattr(namespace, "int8_linear"):
+        return 0
+    count = 0
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not torch.nn.functional.gelu or len(node.args) != 1:
+            continue
+        source = node.args[0]
+        erf = node.kwargs.get("approximate", "none") == "none" and set(node.kwargs) <= {"approximate"}
+        if not erf or not isinstance(source, torch.fx.Node) or source.target is not namespace.int8_linear.default or len(source.users) != 1:
+            continue
+        source.update_arg(_GELU_ARGUMENT, True)
+        node.replace_all_uses_with(source)
+        graph.erase_node(node)
+        count += 1
+    return count

@@ -119,7 +119,7 @@ class QuantizedLinear(nn.Module):
             rows = compute.reshape(-1, self.in_features)
             y = self._int8_mm(rows) if self.kernel == "int8_mm" else self._scaled_mm(rows)
             y = y.reshape(*x.shape[:-1], self.out_features)
-        return y.to(x.dtype)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def _weight_only(self, x: torch.Tensor) -> torch.Tensor:
         # The scale multiplies the product, not the weight: the compiler then converts the weight inside the matmul.

@@ -51,6 +51,25 @@ def test_float32_matches_the_reference(path: str, shape: tuple[int, int, int], s
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_gelu_is_as_exact_as_torchs(path: str) -> None:
+    # A weight of zeros leaves the bias: every output is gelu of a chosen value.
+    values = torch.linspace(-14, 14, 4096)
+    zeros = torch.zeros(4096, 64, dtype=torch.int8)
+    packed, padded, sums = int8_linear.pack(zeros), torch.zeros(4096), torch.zeros(4096, dtype=torch.int32)
+    actual = int8_linear.run(torch.zeros(1, 64), packed, padded, sums, values, 4096, symmetric=False, amx=path == "int8_amx", gelu=True)
+    exact = torch.nn.functional.gelu(values.double())
+    allowed = (torch.nn.functional.gelu(values).double() - exact).abs().max()
+    assert (actual[0].double() - exact).abs().max() <= allowed
+    special = torch.tensor([float("nan"), float("inf"), float("-inf"), 0.0]).repeat(1024)
+    at_the_ends = int8_linear.run(
+        torch.zeros(1, 64), packed, padded, sums, special, 4096, symmetric=False, amx=path == "int8_amx", gelu=True
+    )
+    assert at_the_ends[0, :2].tolist()[1] == float("inf")
+    assert torch.isnan(at_the_ends[0, 0])
+    assert at_the_ends[0, 3] == 0
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_bfloat16_rounds_once(path: str) -> None:
     x, q, scale, bias = make_inputs(37, 130, 70, torch.bfloat16)
     expected = int8_linear.reference(x.float(), q, scale, bias, symmetric=False)
