@@ -141,7 +141,7 @@ def test_a_planted_wrong_scale_is_caught_end_to_end(monkeypatch):
     monkeypatch.setattr(QuantizedLinear, "from_linear", staticmethod(spoiled))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 48))
-    with pytest.raises(VerificationError, match="^2 is not what its scheme computes") as caught:
+    with pytest.raises(VerificationError, match=r"^2 is not what its scheme computes") as caught:
         kp.optimize(model, "eager", args=(torch.randn(32, 64),), overrides=["precision=int8_weight_only"], measure=False)
     assert caught.value.report.verdict == "numerics"
     assert caught.value.report.exit_code == 5
