@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from kernel_pytorch.errors import UnsupportedOperationError
 from kernel_pytorch.graph.inputs import Call, describe, holds_tensors, rebuild
 from kernel_pytorch.graph.recorder import Recorder, Recording
 from kernel_pytorch.graph.state import ModuleGuard, WriteWatch, python_state
@@ -19,10 +20,6 @@ from kernel_pytorch.graph.state import ModuleGuard, WriteWatch, python_state
 _MAX_KEYS = 16
 _MAX_GRAPHS_OF_A_KEY = 2
 _MAX_RESETS = 4
-
-
-class _RefusedError(RuntimeError):
-    """A call that was recorded and cannot be replayed."""
 
 
 @dataclass
@@ -56,7 +53,7 @@ class _Graph:
                     return index
             return "same" if watch.reads(leaf) else "clone"
         if holds_tensors(leaf) and not any(leaf is known for known in call.objects):
-            raise _RefusedError(f"the output holds a {type(leaf).__name__}, whose tensors the next replay would overwrite")
+            raise UnsupportedOperationError(f"the output holds a {type(leaf).__name__}, whose tensors the next replay would overwrite")
         return "same"
 
     def moved(self, tensors: list[torch.Tensor], by_address: tuple[int, ...]) -> set[int]:
@@ -189,7 +186,7 @@ class GraphedCall:
         family.staged -= set(family.by_address)
         try:
             kept = self._capture(family, call, args, kwargs, watch)
-        except RuntimeError as error:
+        except (RuntimeError, UnsupportedOperationError) as error:
             kept = None
             self._refuse(family, call, f"capture failed: {_first_line(error)}")
         watch.restore()
