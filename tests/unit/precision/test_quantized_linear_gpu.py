@@ -1,0 +1,69 @@
+"""The CUDA paths of the quantized linear: int8 matmul, scaled float8 matmul, 8-bit storage; eager and compiled."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from kernel_pytorch.precision.quantized_linear import QuantizedLinear
+from kernel_pytorch.precision.reference import FakeQuantLinear
+from kernel_pytorch.schema import ActivationConfig, ActivationGranularity, ActivationMode, WeightConfig, WeightGranularity
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+DYNAMIC = ActivationMode.dynamic
+INT8, FP8 = WeightConfig(format="int8"), WeightConfig(format="float8_e4m3fn")
+SCHEMES = {
+    "int8_weight_only": (INT8, ActivationConfig()),
+    "fp8_weight_only": (FP8, ActivationConfig()),
+    "int8_dynamic": (INT8, ActivationConfig(mode=DYNAMIC, format="int8", symmetric=False)),
+    "int8_symmetric": (INT8, ActivationConfig(mode=DYNAMIC, format="int8")),
+    "fp8_dynamic": (FP8, ActivationConfig(mode=DYNAMIC, format="float8_e4m3fn")),
+    "fp8_tensor": (
+        WeightConfig(format="float8_e4m3fn", granularity=WeightGranularity.tensor),
+        ActivationConfig(mode=DYNAMIC, format="float8_e4m3fn", granularity=ActivationGranularity.tensor),
+    ),
+}
+
+
+def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((actual.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize(("k", "n"), [(384, 1152), (33, 17), (4096, 4096)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_error_is_at_most_twice_the_references(name: str, k: int, n: int, dtype: torch.dtype) -> None:
+    weight, activation = SCHEMES[name]
+    if "float8" in str(activation.format) and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("float8 matmul needs sm_89 or newer")
+    torch.manual_seed(k + n)
+    torch._dynamo.reset()
+    linear = nn.Linear(k, n).cuda().to(dtype)
+    module = QuantizedLinear.from_linear(linear, weight, activation)
+    reference = FakeQuantLinear(linear, weight, activation, None)
+    compiled = torch.compile(module, fullgraph=True, dynamic=False)
+    # float8 products are rounded to bf16 by the hardware path; inputs that round to another code differ by a code.
+    floor = 4e-3 if module.kernel == "scaled_mm" else 1e-3 if module.quantizes_activations else 2e-6
+    for rows in (0, 1, 3, 64, 300):
+        x = torch.randn(rows, k, device="cuda", dtype=dtype)
+        exact = copy.deepcopy(reference).double()(x.double())
+        allowed = max(2 * relative_error(reference(x), exact), floor)
+        for actual in (module(x), compiled(x)):
+            assert actual.shape == (rows, n)
+            assert actual.dtype == dtype
+            assert relative_error(actual, exact) <= allowed, (rows, relative_error(actual, exact), allowed)
+
+
+def test_kernels_are_named() -> None:
+    linear = nn.Linear(64, 64).cuda()
+    names = {name: QuantizedLinear.from_linear(linear, *scheme).kernel for name, scheme in SCHEMES.items()}
+    assert names == {
+        "int8_weight_only": "dequantize",
+        "fp8_weight_only": "dequantize",
+        "int8_dynamic": "int8_mm",
+        "int8_symmetric": "int8_mm",
+        "fp8_dynamic": "scaled_mm",
+        "fp8_tensor": "scaled_mm",
+    }
