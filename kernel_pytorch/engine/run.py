@@ -7,13 +7,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from kernel_pytorch.backends.base import Backend
-from kernel_pytorch.engine.apply import Built, apply_calls, apply_modules, require_effect
+from kernel_pytorch.engine.apply import CALL_GROUPS, Built, apply_calls, apply_modules, require_effect
 from kernel_pytorch.engine.clone import structural_clone
 from kernel_pytorch.engine.ladder import first_call, make_arm, time_ladder
 from kernel_pytorch.engine.plan import Plan, make_plan
@@ -25,7 +24,15 @@ from kernel_pytorch.optimizer import Applied, Context, Optimizer, Workload, tens
 from kernel_pytorch.report.progress import Progress
 from kernel_pytorch.report.result import RECIPE, ModelResult, Report, WorkloadResult
 from kernel_pytorch.schema import RootConfig
-from kernel_pytorch.verify.model import END_TO_END_MARGIN_DB, ModelValidator, collect_rows, first_divergence, floors, rounding_floor
+from kernel_pytorch.verify.model import (
+    END_TO_END_MARGIN_DB,
+    ModelValidator,
+    collect_rows,
+    first_divergence,
+    floors,
+    rounding_floor,
+    rounding_noise,
+)
 from kernel_pytorch.verify.module import ModuleCheck, ModuleValidator
 from kernel_pytorch.verify.rows import agreement
 
@@ -40,6 +47,19 @@ class Job:
     backend: Backend
     matches: bool
     mismatch: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the finished model is judged by. expected: the baseline's rows. stepped: the uncompiled steps' rows.
+    end_to_end_db: how near the finished model must be to those. floors: quality against the baseline. diverged: the
+    first module that left it."""
+
+    expected: torch.Tensor
+    stepped: torch.Tensor
+    end_to_end_db: float
+    floors: dict[str, float]
+    diverged: str | None
 
 
 class Run:
@@ -91,14 +111,14 @@ class Run:
         report.model.bytes_after = tensor_bytes(built.model)
         self._judge_modules(checks)
         with self.stage("verify steps"), _entered(built):
-            stepped = self._rows(built.model, workload)
-            diverged = self._diverged(baseline, built.model, workload, expected, stepped, dtype)
+            wraps = any(step.group in CALL_GROUPS for step, _ in active(steps)) and not plan.emulated
+            evidence = self._evidence(baseline, built.model, workload, expected, dtype, wraps=wraps)
         with self.stage("compile"), error_on_recompile_limit():
             apply_calls(built, steps, context, rows)
             first = first_call(built.model, workload, self.job.backend)
         require_effect(steps, built, report.steps)
         with self.stage("verify"):
-            self._judge_model(built.model, workload, expected, stepped, dtype, diverged)
+            self._judge_model(built.model, workload, evidence)
         if plan.emulated or not config.verify.enabled or not config.measure.enabled:
             self._say_why_untimed(plan)
         else:
@@ -145,52 +165,62 @@ class Run:
             verification.passed, verification.first_divergence = False, failed[0].name
             raise VerificationError(f"{failed[0].name} is not what its scheme computes: {failed[0].message}")
 
-    def _diverged(
-        self, baseline: nn.Module, stepped_model: nn.Module, workload: Workload, expected: Any, stepped: Any, dtype: torch.dtype
-    ) -> str | None:
-        """The first module that left the baseline, looked for only when the rows miss a floor."""
-        if expected is None or not workload.trained:
+    def _evidence(
+        self,
+        baseline: nn.Module,
+        stepped_model: nn.Module,
+        workload: Workload,
+        expected: torch.Tensor | None,
+        dtype: torch.dtype,
+        *,
+        wraps: bool,
+    ) -> Evidence | None:
+        """Rows of the uncompiled steps, what rounding alone does to them, and the first module that left the baseline."""
+        if expected is None:
             return None
+        stepped = self._rows(stepped_model, workload)
+        assert stepped is not None
         wanted = floors(self.config.precision.quality, self.config.verify, dtype)
+        computed_in = getattr(torch, self.config.precision.dtype) if self.config.precision.dtype else dtype
+        noise_db = math.inf
+        if wraps:
+            with rounding_noise(stepped_model, computed_in, self.config.seed):
+                disturbed = self._rows(stepped_model, workload)
+            assert disturbed is not None
+            noise_db = agreement(stepped, disturbed).sqnr_db - END_TO_END_MARGIN_DB
+        end_to_end_db = min(rounding_floor(computed_in).sqnr_db, noise_db)
         found = agreement(expected, stepped)
-        if found.sqnr_db >= wanted["sqnr_db"] and found.cosine_min >= wanted["cosine_min"]:
-            return None
-        # A row at cosine c from the baseline's has a noise of about 2 (1 - c) of its power.
-        by_cosine = -10 * math.log10(max(2 * (1 - wanted["cosine_min"]), 1e-12))
-        floor_db = wanted["sqnr_db"] if found.sqnr_db < wanted["sqnr_db"] else by_cosine
-        with torch.inference_mode():
-            return first_divergence(baseline, stepped_model, workload, floor_db=floor_db)
+        diverged = None
+        if workload.trained and not (found.sqnr_db >= wanted["sqnr_db"] and found.cosine_min >= wanted["cosine_min"]):
+            # A row at cosine c from the baseline's has a noise of about 2 (1 - c) of its power.
+            by_cosine = -10 * math.log10(max(2 * (1 - wanted["cosine_min"]), 1e-12))
+            floor_db = wanted["sqnr_db"] if not found.sqnr_db >= wanted["sqnr_db"] else by_cosine
+            with torch.inference_mode():
+                diverged = first_divergence(baseline, stepped_model, workload, floor_db=floor_db)
+        return Evidence(expected, stepped, end_to_end_db, wanted, diverged)
 
-    def _judge_model(
-        self, model: nn.Module, workload: Workload, expected: Any, stepped: Any, dtype: torch.dtype, diverged: str | None
-    ) -> None:
+    def _judge_model(self, model: nn.Module, workload: Workload, evidence: Evidence | None) -> None:
         """The end-to-end part of the implementation gate, then the quality gate."""
         verification = self.report.verification
-        if expected is None:
+        if evidence is None:
             return
         actual = self._rows(model, workload)
         assert actual is not None
-        gate = verification.implementation
-        same = agreement(stepped, actual)
-        quantization = agreement(expected, stepped)
-        computed_in = getattr(torch, self.config.precision.dtype) if self.config.precision.dtype else dtype
-        allowed = min(rounding_floor(computed_in).sqnr_db, quantization.sqnr_db + END_TO_END_MARGIN_DB)
-        gate.end_to_end_sqnr_db, gate.end_to_end_floor_db = same.sqnr_db, allowed
-        wanted = floors(self.config.precision.quality, self.config.verify, dtype)
-        misses = ModelValidator(floors=wanted, gated=workload.trained).judge(expected, actual, logits=workload.logits, into=verification)
-        verification.first_divergence = diverged
-        if not same.sqnr_db >= allowed:
-            gate.passed = False
-            gate.message = f"the finished model is {same.sqnr_db:.1f} dB from its own uncompiled steps; at least {allowed:.1f} dB is needed"
-            verification.passed = False
+        gate, needed = verification.implementation, evidence.end_to_end_db
+        same = agreement(evidence.stepped, actual)
+        gate.end_to_end_sqnr_db, gate.end_to_end_floor_db = same.sqnr_db, needed
+        validator = ModelValidator(floors=evidence.floors, gated=workload.trained)
+        misses = validator.judge(evidence.expected, actual, logits=workload.logits, into=verification)
+        verification.first_divergence = evidence.diverged
+        verification.passed = gate.passed = bool(same.sqnr_db >= needed)
+        if not gate.passed:
+            gate.message = f"the finished model is {same.sqnr_db:.1f} dB from its own uncompiled steps; at least {needed:.1f} dB is needed"
             raise VerificationError(gate.message)
-        gate.passed = True
         if misses:
             verification.passed = False
             verification.message = "; ".join(misses)
-            where = f"; first diverging module: {diverged}" if diverged else ""
+            where = f"; first diverging module: {evidence.diverged}" if evidence.diverged else ""
             raise VerificationError(f"{verification.message}{where}")
-        verification.passed = True
 
     def _measure(
         self,

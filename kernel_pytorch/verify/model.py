@@ -32,7 +32,7 @@ UNCHANGED_FLOORS = {
     torch.float16: RoundingFloor(0.999, 30.0),
     torch.bfloat16: RoundingFloor(0.99, 20.0),
 }
-# The finished model may leave its own uncompiled self by this part of the quantization error (in dB below it).
+# The finished model may leave its own uncompiled self by what rounding noise does to it, and this much more (dB).
 END_TO_END_MARGIN_DB = 6.0
 
 
@@ -106,6 +106,30 @@ def collect_rows(model: nn.Module, workload: Workload, num_rows: int) -> torch.T
     if not batches:
         raise ValueError("the workload has no held-out rows")
     return torch.cat(batches)[:num_rows]
+
+
+@contextmanager
+def rounding_noise(model: nn.Module, dtype: torch.dtype, seed: int) -> Iterator[None]:
+    """Inside the block every leaf module's floating output is off by a random unit roundoff of `dtype`.
+
+    It shows how far a right result may be from another right result: a compiler rounds at other places, and quantized
+    activations turn a rounding into another code, which later layers amplify."""
+    unit = torch.finfo(dtype).eps / 2
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def disturb(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if not isinstance(output, torch.Tensor) or not output.is_floating_point():
+            return None
+        generator = generators.setdefault(output.device, torch.Generator(output.device).manual_seed(seed))
+        noise = torch.randn(output.shape, generator=generator, device=output.device, dtype=torch.float32)
+        return (output.float() * (1 + unit * noise)).to(output.dtype)
+
+    handles = [module.register_forward_hook(disturb) for module in model.modules() if not list(module.children())]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
