@@ -14,6 +14,7 @@ from torch import nn
 
 from kernel_pytorch.backends.base import Backend
 from kernel_pytorch.backends.detect import BACKENDS, Resolution, make, matches
+from kernel_pytorch.engine.apply import Built, enter_contexts
 from kernel_pytorch.engine.parent import recipe_facts
 from kernel_pytorch.engine.run import Run
 from kernel_pytorch.engine.session import conclude, describe_machine, make_job, translate
@@ -30,7 +31,7 @@ Call = tuple[Sequence[Any], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Optimized:
-    """model: in eval mode, called like the original. report: what was done and found."""
+    """model: in eval mode, called like the original; its calls run in inference mode. report: what was done and found."""
 
     model: nn.Module
     report: Report
@@ -69,6 +70,8 @@ def optimize(
         run = Run(make_job(composed.config, composed.choices, composed.ignored, resolution), report, Progress(None))
         steps, plan = run.plan()
         optimized = run.execute(steps, plan, model, workload, name=type(model).__name__, inplace=inplace)
+    # As it was verified and timed: compiled code is for this mode, and quantized layers have no gradients.
+    enter_contexts(Built(optimized, [torch.inference_mode]))
     return Optimized(optimized, report)
 
 

@@ -60,6 +60,19 @@ def apply_calls(built: Built, steps: Iterable[Step], context: Context, rows: dic
     enter_contexts(built)
 
 
+def settle_receipts(rows: dict[str, StepResult]) -> int:
+    """Says in the graph row what was decided once calls were made; returns bytes that kept graphs hold."""
+    row = rows.get("graph")
+    decisions = row.details.get("decisions", []) if row is not None else []
+    if row is None or not decisions:
+        return 0
+    kept = [decision for decision in decisions if decision["captured"]]
+    if not kept:
+        row.status, row.changed, row.kernels = "not_applicable", 0, []
+    row.reason = "; ".join(filter(None, [row.reason, (kept or decisions)[-1]["reason"]]))
+    return sum(decision.get("pool_bytes", 0) for decision in kept)
+
+
 def enter_contexts(built: Built) -> None:
     """Makes every call of the model run inside the steps' contexts; names in state_dict stay."""
     if not built.contexts:
@@ -89,6 +102,9 @@ def _receive(built: Built, applied: Applied, row: StepResult | None) -> None:
     row.skipped = [{"module": skipped.module, "reason": skipped.reason} for skipped in applied.skipped]
     row.bytes_before = _distinct_bytes(change.original for change in applied.changes)
     row.bytes_after = _distinct_bytes(change.replacement for change in applied.changes)
+    if not applied.changes:
+        # A step that changes the model as a whole says its bytes itself.
+        row.bytes_before, row.bytes_after = applied.details.get("bytes_before", 0), applied.details.get("bytes_after", 0)
     row.kernels = sorted({*applied.kernels, *(change.kernel for change in applied.changes)})
     row.details.update(applied.details)
     row.status = "applied"

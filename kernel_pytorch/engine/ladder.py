@@ -31,7 +31,7 @@ def first_call(model: nn.Module, workload: Workload, backend: Backend) -> tuple[
     return time.perf_counter() - started, counts
 
 
-def make_arm(name: str, model: nn.Module, workload: Workload, first: tuple[float, CompileCounts]) -> Arm:
+def make_arm(name: str, model: nn.Module, workload: Workload, first: tuple[float, CompileCounts], held_bytes: int = 0) -> Arm:
     """An arm whose first call is behind it. Graph counts are left out for an arm that compiled nothing."""
     seconds, counts = first
     compiled = counts.compilations > 0
@@ -41,6 +41,7 @@ def make_arm(name: str, model: nn.Module, workload: Workload, first: tuple[float
         lambda: workload.call(model),
         torch.inference_mode,
         workload.reset,
+        held_bytes=held_bytes,
         first_call_s=seconds,
         graphs=counts.graphs if compiled else None,
         graph_breaks=counts.graph_breaks if compiled else None,

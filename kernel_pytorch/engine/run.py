@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from kernel_pytorch.backends.base import Backend
-from kernel_pytorch.engine.apply import CALL_GROUPS, Built, apply_calls, apply_modules, require_effect
+from kernel_pytorch.engine.apply import CALL_GROUPS, Built, apply_calls, apply_modules, require_effect, settle_receipts
 from kernel_pytorch.engine.clone import structural_clone
 from kernel_pytorch.engine.ladder import first_call, make_arm, time_ladder
 from kernel_pytorch.engine.plan import Plan, make_plan
 from kernel_pytorch.engine.steps import Step, active, build_steps
 from kernel_pytorch.errors import OutOfMemoryError, PerformanceError, VerificationError
-from kernel_pytorch.measure.graphs import CompileCounts, error_on_recompile_limit
-from kernel_pytorch.measure.ladder import judge
+from kernel_pytorch.measure.graphs import error_on_recompile_limit
+from kernel_pytorch.measure.ladder import Arm, judge
 from kernel_pytorch.optimizer import Applied, Context, Optimizer, Workload, tensor_bytes
 from kernel_pytorch.report.progress import Progress
 from kernel_pytorch.report.result import RECIPE, ModelResult, Report, WorkloadResult
@@ -119,11 +119,12 @@ class Run:
         require_effect(steps, built, report.steps)
         with self.stage("verify"):
             self._judge_model(built.model, workload, evidence)
+        held_bytes = settle_receipts(rows)
         if plan.emulated or not config.verify.enabled or not config.measure.enabled:
             self._say_why_untimed(plan)
         else:
             with self.stage("measure"):
-                self._measure(steps, model, baseline, built.model, context, first)
+                self._measure(steps, model, baseline, make_arm(RECIPE, built.model, workload, first, held_bytes), context)
         self._verdict(plan, changed=bool(active(steps)))
         return built.model
 
@@ -222,16 +223,7 @@ class Run:
             where = f"; first diverging module: {evidence.diverged}" if evidence.diverged else ""
             raise VerificationError(f"{verification.message}{where}")
 
-    def _measure(
-        self,
-        steps: list[Step],
-        model: nn.Module,
-        baseline: nn.Module,
-        optimized: nn.Module,
-        context: Context,
-        first: tuple[float, CompileCounts],
-    ) -> None:
-        arm = make_arm(RECIPE, optimized, context.workload, first)
+    def _measure(self, steps: list[Step], model: nn.Module, baseline: nn.Module, arm: Arm, context: Context) -> None:
         # Eager, compiled, the recipe, and one arm a step when ablating.
         with error_on_recompile_limit(num_arms=3 + len(active(steps))):
             ladder = time_ladder(model, baseline, arm, steps, context, self.config.measure, self._note_round)

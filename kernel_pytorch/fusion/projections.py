@@ -100,11 +100,12 @@ class FuseProjections(Optimizer):
         counts = _weight_owners(model)
         changes: list[Change] = []
         for group in groups:
-            reason = _why_not([linears[name] for name in group], counts)
-            if reason is not None:
-                skipped += [Skipped(name, reason) for name in group]
-                continue
-            changes += _fuse(model, group, linears)
+            fit, unfit = _sort_out(group, linears, counts)
+            skipped += unfit
+            if len(fit) > 1:
+                changes += _fuse(model, fit, linears)
+            else:
+                skipped += [Skipped(name, "no sibling on the same input can join it") for name in fit]
         if not changes:
             return Applied(model, skipped=skipped, not_applicable="no linear layers of one parent read the same tensor")
         return Applied(model, changes, skipped, details=_settle(model, context))
@@ -167,19 +168,30 @@ def _weight_owners(model: nn.Module) -> dict[int, int]:
     return owners
 
 
-def _why_not(linears: list[nn.Linear], owners: dict[int, int]) -> str | None:
-    first = linears[0]
-    for linear in linears:
-        if type(linear) is not nn.Linear:
-            return f"{type(linear).__name__} is a subclass of nn.Linear: what it adds would be lost"
-        if linear._forward_hooks or linear._forward_pre_hooks:
-            return "it has forward hooks"
-        if any(owners[id(parameter)] > 1 for parameter in linear.parameters()):
-            return "its parameters are shared with another module"
-        if (linear.bias is None) != (first.bias is None):
-            return "its siblings differ in having a bias"
-        if linear.weight.dtype != first.weight.dtype or linear.weight.device != first.weight.device:
-            return "its siblings differ in element type or device"
+def _sort_out(group: list[str], linears: dict[str, nn.Linear], owners: dict[int, int]) -> tuple[list[str], list[Skipped]]:
+    """The names that can share one matmul, alike to the first of them, and why the others cannot."""
+    fit: list[str] = []
+    unfit: list[Skipped] = []
+    for name in group:
+        reason = _why_not(linears[name], linears[fit[0]] if fit else linears[name], owners)
+        if reason is None:
+            fit.append(name)
+        else:
+            unfit.append(Skipped(name, reason))
+    return fit, unfit
+
+
+def _why_not(linear: nn.Linear, first: nn.Linear, owners: dict[int, int]) -> str | None:
+    if type(linear) is not nn.Linear:
+        return f"{type(linear).__name__} is a subclass of nn.Linear: what it adds would be lost"
+    if linear._forward_hooks or linear._forward_pre_hooks:
+        return "it has forward hooks"
+    if any(owners[id(parameter)] > 1 for parameter in linear.parameters()):
+        return "its parameters are shared with another module"
+    if (linear.bias is None) != (first.bias is None):
+        return "its siblings differ in having a bias"
+    if linear.weight.dtype != first.weight.dtype or linear.weight.device != first.weight.device:
+        return "its siblings differ in element type or device"
     return None
 
 

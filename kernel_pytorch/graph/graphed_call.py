@@ -40,6 +40,7 @@ class _Graph:
 
     def __init__(self, recording: Recording, static: list[torch.Tensor], staged: set[int], call: Call, watch: WriteWatch) -> None:
         self._replay = recording.replay
+        self.pool_bytes = recording.pool_bytes
         self._static, self._staged = static, sorted(staged)
         self._keep = (call.objects, list(watch.found.values()))
         self._leaves, self._spec = tree_flatten(recording.output)
@@ -231,6 +232,7 @@ class GraphedCall:
                 "speedup": speedup,
                 "num_samples": comparison.num_samples,
                 "copied_bytes": graph.copied_bytes(),
+                "pool_bytes": graph.pool_bytes,
                 "num_written": watch.num_written,
             }
         )

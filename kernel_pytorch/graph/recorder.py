@@ -18,10 +18,12 @@ _SLOW_MS = 250.0
 
 @dataclass(frozen=True)
 class Recording:
-    """output: what the recorded call returned, in memory that `replay` writes again."""
+    """output: what the recorded call returned, in memory that `replay` writes again. pool_bytes: the most that the recorded call
+    had allocated at once, which its graph keeps."""
 
     output: Any
     replay: Callable[[], None]
+    pool_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ class CudaRecorder(Recorder):
         # A pool ends with its last graph; its handle cannot be used again.
         if self._pool is None or not self._graphs:
             self._pool = torch.cuda.graph_pool_handle()
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
         graph = torch.cuda.CUDAGraph()
         # torch.cuda.graph() leaves its stream current when a capture fails; this does not.
         with torch.cuda.stream(self._stream):
@@ -110,7 +114,7 @@ class CudaRecorder(Recorder):
             finally:
                 torch.clear_autocast_cache()
         self._graphs.add(graph)
-        return Recording(output, graph.replay)
+        return Recording(output, graph.replay, torch.cuda.max_memory_allocated(self.device) - before)
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
         """Ends a capture that failed: the end fails too, for the reason that is being raised, and leaves the random

@@ -192,10 +192,17 @@ def test_gradients_reach_the_fused_weight() -> None:
 def test_shared_hooked_and_unequal_siblings_are_skipped_with_a_reason() -> None:
     model = Attention()
     model.value = nn.Linear(32, 16, bias=False)
-    assert {skipped.reason for skipped in fuse(model).skipped} == {"its siblings differ in having a bias"}
+    unequal = fuse(model)
+    assert {skipped.module: skipped.reason for skipped in unequal.skipped} == {"value": "its siblings differ in having a bias"}
+    assert [change.name for change in unequal.changes] == ["query", "key"]
     tied = Attention()
     tied.value.weight = tied.key.weight
-    assert {skipped.reason for skipped in fuse(tied).skipped} == {"its parameters are shared with another module"}
+    shared = "its parameters are shared with another module"
+    assert {skipped.module: skipped.reason for skipped in fuse(tied).skipped} == {
+        "key": shared,
+        "value": shared,
+        "query": "no sibling on the same input can join it",
+    }
     assert [change.name for change in fuse(Attention(), exclude=["value"]).changes] == ["query", "key"]
 
 
