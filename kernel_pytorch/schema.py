@@ -134,7 +134,9 @@ class ActivationConfig:
     mode: Annotated[ActivationMode, Field(description="none computes in the model's dtype; dynamic scales each call")] = ActivationMode.none
     format: Annotated[Optional[FormatName], Field(description="number format of the activations; null when mode is none")] = None
     granularity: Annotated[ActivationGranularity, Field(description="what shares one scale")] = ActivationGranularity.token
-    symmetric: Annotated[bool, Field(description="false gives int8 a zero point beside each scale: one-sided values use all 256 codes")] = True
+    symmetric: Annotated[bool, Field(description="false gives int8 a zero point beside each scale: one-sided values use all 256 codes")] = (
+        True
+    )
 
 
 @dataclass
