@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,12 @@ from kernel_pytorch.errors import ConfigError
 from kernel_pytorch.optimizer import Optimizer
 from kernel_pytorch.schema import OPTIMIZER_GROUPS, RootConfig
 from kernel_pytorch.targets import TARGETS
+
+
+# Hydra 1.4 checks targets against a list of its own and warns without one; 1.3 has no such argument.
+_ALLOW_LIST: dict[str, Any] = (
+    {"_execution_whitelist_": tuple(TARGETS)} if "_execution_whitelist_" in inspect.signature(instantiate).parameters else {}
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ def build(group: str, node: Any) -> Any:
     if target is None or target.group != group:
         raise ConfigError(f"{group}._target_: found {name!r}; allowed: {', '.join(t for t, row in TARGETS.items() if row.group == group)}")
     # The fields go in as validated objects after Hydra made the partial: Hydra would turn dataclasses into its own containers.
-    make = instantiate({"_target_": name, "_partial_": True, "_recursive_": False})
+    make = instantiate({"_target_": name, "_partial_": True, "_recursive_": False}, **_ALLOW_LIST)
     cls = make.func
     if f"{cls.__module__}.{cls.__qualname__}" != name:
         raise ConfigError(f"{group}._target_: {name!r} is another name of {cls.__module__}.{cls.__qualname__}; write that one")

@@ -57,7 +57,8 @@ class QuantizeLinears(Optimizer):
         facts = backend.facts
         here = f"this is {facts.name} ({facts.arch})"
         if self.activation.mode is ActivationMode.none:
-            return Support(Level.native, "8-bit storage, the matmul runs in the input's dtype")
+            math = "the input's dtype" if self.dtype is None else str(self.dtype).removeprefix("torch.")
+            return Support(Level.native, f"{self.weight.format} storage, {math} math")
         if self.weight.format == "int8":
             if nvidia_has(facts.arch, "bf16_matmul"):
                 return Support(Level.native)
