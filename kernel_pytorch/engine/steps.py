@@ -14,7 +14,6 @@ from kernel_pytorch.optimizer import Optimizer
 from kernel_pytorch.schema import OPTIMIZER_GROUPS, RootConfig
 from kernel_pytorch.targets import TARGETS
 
-
 # Hydra 1.4 checks targets against a list of its own and warns without one; 1.3 has no such argument.
 _ALLOW_LIST: dict[str, Any] = (
     {"_execution_whitelist_": tuple(TARGETS)} if "_execution_whitelist_" in inspect.signature(instantiate).parameters else {}
