@@ -89,6 +89,7 @@ class Workload(ABC):
     step; None when the source cannot tell. tokens_per_call: None when a sample is not a sequence.
     trained: the weights are trained, so quality gates; False makes the quality gate report only.
     logits: rows of `held_out` are scores over classes or a vocabulary, so top-1 agreement means something.
+    has_held_out: `held_out` uses inputs that `call` does not; False when there are no others.
     """
 
     phase: str = "forward"
@@ -97,6 +98,7 @@ class Workload(ABC):
     tokens_per_call: int | None = None
     trained: bool = True
     logits: bool = False
+    has_held_out: bool = True
 
     @abstractmethod
     def call(self, model: nn.Module) -> Any:
@@ -166,11 +168,24 @@ def select_modules(
 ) -> Selection:
     """Eligible modules by name; fnmatch patterns choose, and `exclude` wins over `include`.
 
-    An empty `include` selects every eligible module. Raises NoEffectError for an `include` pattern that selects none:
+    A module that has several names, or that stands for modules that were merged, answers to all of them. An empty `include`
+    selects every eligible module. Raises NoEffectError for an `include` pattern that selects none:
     a pattern that matches nothing is a mistake, never a no-op.
     """
-    candidates = {name: module for name, module in model.named_modules() if name and eligible(name, module)}
-    dead = [pattern for pattern in include if not any(fnmatchcase(name, pattern) for name in candidates)]
+    candidates: dict[str, nn.Module] = {}
+    names_of: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name and eligible(name, module):
+            if id(module) not in names_of:
+                candidates[name] = module
+                # What a step before this one merged still answers to its own names.
+                names_of[id(module)] = list(getattr(module, "original_names", ()))
+            names_of[id(module)].append(name)
+
+    def matches(module: nn.Module, pattern: str) -> bool:
+        return any(fnmatchcase(name, pattern) for name in names_of[id(module)])
+
+    dead = [pattern for pattern in include if not any(matches(module, pattern) for module in candidates.values())]
     if dead:
         shown = ", ".join(sorted(candidates)[:3]) or "none"
         raise NoEffectError(
@@ -180,9 +195,9 @@ def select_modules(
     matched: dict[str, nn.Module] = {}
     skipped: list[Skipped] = []
     for name, module in candidates.items():
-        if include and not any(fnmatchcase(name, pattern) for pattern in include):
+        if include and not any(matches(module, pattern) for pattern in include):
             continue
-        hit = next((pattern for pattern in exclude if fnmatchcase(name, pattern)), None)
+        hit = next((pattern for pattern in exclude if matches(module, pattern)), None)
         if hit is not None:
             skipped.append(Skipped(name, f"excluded by pattern {hit!r}"))
         else:
@@ -194,7 +209,8 @@ def replace_module(model: nn.Module, name: str, replacement: nn.Module) -> None:
     """Puts `replacement` where the dotted `name` stands in `model`, under every name that the same module object has."""
     original = model.get_submodule(name)
     for parent in list(model.modules()):
-        for child_name, child in list(parent.named_children()):
+        # Not named_children(), which gives a module that stands under two names only once.
+        for child_name, child in list(parent._modules.items()):
             if child is original:
                 setattr(parent, child_name, replacement)
 

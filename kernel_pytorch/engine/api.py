@@ -18,7 +18,7 @@ from kernel_pytorch.engine.apply import Built, enter_contexts
 from kernel_pytorch.engine.parent import recipe_facts
 from kernel_pytorch.engine.run import Run
 from kernel_pytorch.engine.session import conclude, describe_machine, make_job, translate
-from kernel_pytorch.errors import KernelPyTorchError, UnsupportedOperationError
+from kernel_pytorch.errors import ConfigError, UnsupportedOperationError
 from kernel_pytorch.models.call import CallWorkload
 from kernel_pytorch.recipe.compose import compose
 from kernel_pytorch.recipe.load import Recipe
@@ -60,6 +60,11 @@ def optimize(
     each with the Report so far as `.report`; unless `inplace`, `model` is then and always left as it was.
     """
     name = str(recipe.path) if isinstance(recipe, Recipe) else str(recipe)
+    foreign = [word for word in overrides if word.lstrip("+~").split("=")[0].split(".")[0] in ("model", "data")]
+    if foreign:
+        raise ConfigError([f"overrides: found {word!r}; the model and its inputs are the caller's own here" for word in foreign])
+    # torch.compile(model) wraps what can be optimized.
+    model = getattr(model, "_orig_mod", model)
     composed = compose([f"+recipe={name}", *overrides, *([] if measure else ["measure=off"])])
     report = Report(recipe=recipe_facts(composed))
     backend, resolution = _resolve_for(model, composed.config.backend)
@@ -87,8 +92,8 @@ class _Attach(AbstractContextManager[None]):
         ours = translate(error, self.backend) if isinstance(error, Exception) else None
         ended_by = ours or error
         conclude(self.report, ended_by)
-        if isinstance(ended_by, KernelPyTorchError):
-            ended_by.report = self.report
+        # On torch's own errors too: what was done before is worth as much there.
+        ended_by.report = self.report  # pyright: ignore[reportAttributeAccessIssue]
         if ours is not None:
             raise ours from error
 

@@ -16,6 +16,8 @@ from kernel_pytorch.report.result import StepResult
 
 # Steps that wrap the call instead of replacing modules; they come last, and plain-torch emulation leaves them out.
 CALL_GROUPS = ("compile", "graph")
+# What a graph decision says of speed, which only a verified and timed run may show.
+_SPEED = ("plain_ms", "replay_ms", "speedup", "reason")
 Contexts = list[Callable[[], AbstractContextManager[Any]]]
 
 
@@ -41,7 +43,7 @@ def apply_modules(
             continue
         applied = optimizer.apply(built.model, context)
         _receive(built, applied, rows.get(step.group))
-        if check is not None and applied.changes:
+        if check is not None and (applied.changes or applied.num_changed):
             check(built.model, optimizer, applied)
 
 
@@ -60,8 +62,14 @@ def apply_calls(built: Built, steps: Iterable[Step], context: Context, rows: dic
     enter_contexts(built)
 
 
-def settle_receipts(rows: dict[str, StepResult]) -> int:
-    """Says in the graph row what was decided once calls were made; returns bytes that kept graphs hold."""
+def settle_receipts(rows: dict[str, StepResult], *, compilations: int, with_speed: bool) -> int:
+    """Says in the rows of compile and graph what came of them once calls were made; returns bytes that kept graphs hold.
+
+    compilations: frames compiled in the first call. with_speed: False takes out the times that capture decided by."""
+    compiled = rows.get("compile")
+    if compiled is not None and compiled.status == "applied" and not compilations:
+        note = "the first call compiled nothing: this process had compiled the same code before, or compilation is disabled"
+        compiled.reason = "; ".join(filter(None, [compiled.reason, note]))
     row = rows.get("graph")
     decisions = row.details.get("decisions", []) if row is not None else []
     if row is None or not decisions:
@@ -69,8 +77,12 @@ def settle_receipts(rows: dict[str, StepResult]) -> int:
     kept = [decision for decision in decisions if decision["captured"]]
     if not kept:
         row.status, row.changed, row.kernels = "not_applicable", 0, []
-    row.reason = "; ".join(filter(None, [row.reason, (kept or decisions)[-1]["reason"]]))
-    return sum(decision.get("pool_bytes", 0) for decision in kept)
+    held_bytes = sum(decision.get("pool_bytes", 0) for decision in kept)
+    if with_speed:
+        row.reason = "; ".join(filter(None, [row.reason, (kept or decisions)[-1]["reason"]]))
+    else:
+        row.details["decisions"] = [{key: value for key, value in decision.items() if key not in _SPEED} for decision in decisions]
+    return held_bytes
 
 
 def enter_contexts(built: Built) -> None:
@@ -111,6 +123,10 @@ def _receive(built: Built, applied: Applied, row: StepResult | None) -> None:
     if applied.not_applicable is not None:
         row.status = "not_applicable"
         row.reason = "; ".join(filter(None, [row.reason, applied.not_applicable]))
+    elif not changed:
+        row.status = "not_applicable"
+        why = ", ".join(sorted({skipped.reason for skipped in applied.skipped})[:3]) or "no module that it could change"
+        row.reason = "; ".join(filter(None, [row.reason, f"changed nothing: {why}"]))
     elif row.support == "emulated":
         row.status = "emulated"
 

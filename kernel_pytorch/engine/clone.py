@@ -20,6 +20,7 @@ def structural_clone(model: nn.Module) -> nn.Module:
         clone = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, NotImplementedError) as error:
         raise UnsupportedOperationError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); pass inplace=True to change the model itself"
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); give it a __deepcopy__:"
+            " the result is compared with an untouched copy"
         ) from error
     return clone.eval()

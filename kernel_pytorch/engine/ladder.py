@@ -17,7 +17,7 @@ from kernel_pytorch.engine.steps import Step, active
 from kernel_pytorch.measure.graphs import CompileCounts, compile_counts
 from kernel_pytorch.measure.ladder import Arm, Ladder, measure_ladder
 from kernel_pytorch.optimizer import Context, Level, Workload
-from kernel_pytorch.report.result import COMPILED, EAGER, RECIPE
+from kernel_pytorch.report.result import COMPILED, RECIPE
 from kernel_pytorch.schema import CompileMode, MeasureConfig
 
 
@@ -65,17 +65,16 @@ def _with_steps(model: nn.Module, steps: list[Step], context: Context) -> nn.Mod
 
 
 def time_ladder(
-    model: nn.Module,
     baseline: nn.Module,
-    optimized: Arm,
+    called: list[Arm],
     steps: list[Step],
     context: Context,
     config: MeasureConfig,
     on_progress: Callable[[int, int], Any],
 ) -> Ladder:
-    """Times all arms interleaved on the workload of `context`. optimized: the full recipe's arm, already called once."""
+    """Times all arms interleaved on the workload of `context`. called: eager and the full recipe, which made their first calls."""
     workload, backend = context.workload, context.backend
-    arms = [make_arm(EAGER, baseline, workload, first_call(baseline, workload, backend))]
+    between: list[Arm] = []
     variants: dict[str, list[Step]] = {}
     fair = compiled_baseline(steps, context)
     if fair is not None:
@@ -84,11 +83,11 @@ def time_ladder(
         for left_out, _ in active(steps):
             variants[f"{RECIPE} less {left_out.group}"] = [step for step in steps if step is not left_out]
     for name, some in variants.items():
-        variant = _with_steps(model, some, context)
-        arms.append(make_arm(name, variant, workload, first_call(variant, workload, backend)))
-    arms.append(optimized)
+        variant = _with_steps(baseline, some, context)
+        between.append(make_arm(name, variant, workload, first_call(variant, workload, backend)))
+    eager, *rest = called
     return measure_ladder(
-        arms,
+        [eager, *between, *rest],
         config,
         synchronize=backend.synchronize,
         cuda=backend.device.type == "cuda",

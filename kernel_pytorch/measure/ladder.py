@@ -20,6 +20,8 @@ from kernel_pytorch.schema import MeasureConfig
 
 # Eager timed a second time under another name: the two must agree, and by how much they do not is the noise.
 _AGAIN = "eager again"
+# A machine noisier than this cannot excuse a missed gate by its noise.
+MOST_ALLOWANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -138,9 +140,9 @@ def allowance(report: Report) -> float:
     drift = 0.0 if report.noise is None else abs(1 - report.noise)
     eager, recipe = report.rung(EAGER), report.rung(RECIPE)
     if eager is None or recipe is None or not eager.latency_ms_samples or not recipe.latency_ms_samples:
-        return drift
+        return min(MOST_ALLOWANCE, drift)
     errors = (relative_error_of_median(eager.latency_ms_samples), relative_error_of_median(recipe.latency_ms_samples))
-    return max(drift, 2 * math.hypot(*errors))
+    return min(MOST_ALLOWANCE, max(drift, 2 * math.hypot(*errors)))
 
 
 def judge(report: Report, measure: MeasureConfig) -> str | None:

@@ -196,7 +196,8 @@ def _verification(result: Mapping[str, Any]) -> Section | None:
         table.rows.append([Cell(f"quality: {label}"), Cell(figures.quality(key, found.get(key)), "strong"), Cell(bound), outcome])
     notes = [("worst module", shorten(plain(gate["worst_module"]), 2 * NAME_WIDTH))] if gate.get("worst_module") else []
     if found.get("rows"):
-        notes.append(("rows", f"{found['rows']} held-out rows against the baseline"))
+        kind = "held-out rows" if found.get("held_out", True) else "rows of the timed inputs"
+        notes.append(("rows", f"{found['rows']} {kind} against the baseline"))
     if not gated:
         notes.append(("quality", "reported, not gated: the weights are random"))
     if found.get("first_divergence"):

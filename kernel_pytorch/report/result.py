@@ -75,7 +75,7 @@ class Implementation:
 @dataclass
 class Verification:
     """The quality gate against the baseline, and the implementation gate. gated: whether quality decides (trained weights).
-    floors: the least values that were asked for. rows: output rows compared."""
+    floors: the least values that were asked for. rows: output rows compared. held_out: neither timing nor calibration saw them."""
 
     passed: bool | None = None
     sqnr_db: float | None = None
@@ -84,6 +84,7 @@ class Verification:
     top1_agreement: float | None = None
     first_divergence: str | None = None
     rows: int = 0
+    held_out: bool = True
     gated: bool = True
     floors: dict[str, float] = field(default_factory=dict)
     implementation: Implementation = field(default_factory=Implementation)

@@ -14,7 +14,7 @@ from torch import nn
 from kernel_pytorch.optimizer import Workload
 from kernel_pytorch.report.result import Verification
 from kernel_pytorch.schema import QualityFloor, VerifyConfig
-from kernel_pytorch.verify.module import _first_tensor
+from kernel_pytorch.verify.module import first_tensor
 from kernel_pytorch.verify.rows import agreement, sqnr_db
 
 
@@ -34,6 +34,8 @@ UNCHANGED_FLOORS = {
 }
 # The finished model may leave its own uncompiled self by what rounding noise does to it, and this much more (dB).
 END_TO_END_MARGIN_DB = 6.0
+# Below this the noise is as large as the signal, and agreement would show nothing.
+LEAST_END_TO_END_DB = 6.0
 
 
 def rounding_floor(dtype: torch.dtype) -> RoundingFloor:
@@ -93,7 +95,7 @@ def _finite(value: float) -> float | None:
 
 
 def collect_rows(model: nn.Module, workload: Workload, num_rows: int) -> torch.Tensor:
-    """[rows, D] float32 on the CPU: the model's held-out outputs, `num_rows` of them at most."""
+    """[rows, D] float32 on the CPU: the model's held-out outputs, at least `num_rows` where the workload has them."""
     batches: list[torch.Tensor] = []
     count = 0
     workload.reset()
@@ -105,7 +107,7 @@ def collect_rows(model: nn.Module, workload: Workload, num_rows: int) -> torch.T
     workload.reset()
     if not batches:
         raise ValueError("the workload has no held-out rows")
-    return torch.cat(batches)[:num_rows]
+    return torch.cat(batches)
 
 
 # Units of roundoff by which two right results of one module differ: in 32 bits compilers reorder sums and approximate
@@ -144,7 +146,7 @@ def _recorded(model: nn.Module, keep: dict[str, torch.Tensor]) -> Iterator[None]
     for name, module in model.named_modules():
 
         def record(_module: nn.Module, _args: Any, output: Any, name: str = name) -> None:
-            tensor = _first_tensor(output)
+            tensor = first_tensor(output)
             if tensor is not None and tensor.is_floating_point() and name not in keep:
                 keep[name] = tensor.detach().float().cpu()
 

@@ -20,11 +20,20 @@ class Agreement:
     top1: float
 
 
+def _comparable(baseline: torch.Tensor, actual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Both with the baseline's own infinities (masked logits) left out; None where they are not finite in different places."""
+    finite = torch.isfinite(baseline)
+    if not torch.equal(finite, torch.isfinite(actual)) or not torch.equal(baseline[~finite], actual[~finite]):
+        return None
+    return baseline.masked_fill(~finite, 0.0), actual.masked_fill(~finite, 0.0)
+
+
 def sqnr_db(signal: torch.Tensor, other: torch.Tensor) -> float:
     """10 log10(|signal|^2 / |signal - other|^2), computed in float64; inf when equal, nan when a value is not finite."""
-    signal, other = signal.double(), other.double()
-    if not (torch.isfinite(signal).all() and torch.isfinite(other).all()):
+    alike = _comparable(signal.double(), other.double())
+    if alike is None:
         return math.nan
+    signal, other = alike
     noise = (signal - other).square().sum().item()
     power = signal.square().sum().item()
     if noise == 0:
@@ -38,19 +47,24 @@ def agreement(baseline: torch.Tensor, actual: torch.Tensor) -> Agreement:
         raise ValueError(f"outputs differ in shape: {tuple(baseline.shape)} and {tuple(actual.shape)}")
     if baseline.numel() == 0:
         raise ValueError("no output rows to compare")
-    first, second = baseline.double(), actual.double()
-    if not torch.isfinite(second).all():
-        return Agreement(len(first), math.nan, math.nan, math.nan, 0.0)
+    alike = _comparable(baseline.double(), actual.double())
+    if alike is None:
+        return Agreement(len(baseline), math.nan, math.nan, math.nan, 0.0)
+    first, second = alike
+    num_rows = len(first)
+    if first.shape[1] == 1:
+        # The cosine of two numbers is a sign: one output a row is compared as one column.
+        first, second = first.T, second.T
     norms = first.norm(dim=1) * second.norm(dim=1)
     cosine = (first * second).sum(dim=1) / norms.clamp_min(1e-300)
     # Two zero rows agree; a zero row against another does not.
     cosine = torch.where(norms == 0, (first.norm(dim=1) == second.norm(dim=1)).double(), cosine)
     return Agreement(
-        rows=len(first),
+        rows=num_rows,
         cosine_min=cosine.min().clamp(-1, 1).item(),
         sqnr_db=sqnr_db(first, second),
         max_abs=(first - second).abs().max().item(),
-        top1=(first.argmax(dim=1) == second.argmax(dim=1)).double().mean().item(),
+        top1=(baseline.argmax(dim=1) == actual.argmax(dim=1)).double().mean().item(),
     )
 
 

@@ -133,7 +133,8 @@ def test_a_factory_of_the_users_own(place):
     ended, result = run(place, "precision=int8_weight_only", "model=factory", "model.factory=mine:make", "measure=off")
     assert (ended.code, result["verdict"]) == (0, "pass"), ended.err
     assert step(result, "precision")["changed"] == 2
-    assert result["verification"]["rows"] == 256
+    assert result["verification"]["rows"] == 300
+    assert result["verification"]["held_out"] is False
 
 
 def test_a_sweep_from_a_recipes_own_block(place):

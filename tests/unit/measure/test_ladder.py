@@ -116,9 +116,11 @@ def test_two_reasons_are_both_given():
 
 
 def test_allowance_is_the_larger_of_drift_and_spread():
-    # IQR 1 around 10 over 5 samples: 1.2533 / 1.349 / sqrt(5) / 10 each, two arms in quadrature, twice.
-    samples = [9.0, 9.5, 10.0, 10.5, 11.0]
-    expected = 2 * 2**0.5 * 1.2533 / 1.349 / 5**0.5 / 10
+    # IQR 0.2 around 10 over 5 samples: 1.2533 / 1.349 / sqrt(5) / 10 each, two arms in quadrature, twice.
+    samples = [9.8, 9.9, 10.0, 10.1, 10.2]
+    expected = 2 * 2**0.5 * 1.2533 / 1.349 / 5**0.5 / 50
     assert allowance(report(1.0, samples=samples)) == pytest.approx(expected)
-    assert allowance(report(1.0, samples=samples, noise=1.5)) == 0.5
+    assert allowance(report(1.0, samples=samples, noise=1.04)) == pytest.approx(0.04)
+    # A noisier machine excuses no more than this.
+    assert allowance(report(1.0, samples=samples, noise=1.5)) == 0.05
     assert allowance(report(1.0, noise=None)) == 0.0
