@@ -37,8 +37,8 @@ class FusedProjections(nn.Module):
         self.contiguous = False
         self._shared: _Shared | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.part(x, 0)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.part(input, 0)
 
     def part(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """Output number `index`, computing all of them if this is the first sibling to see `x`."""
@@ -66,8 +66,8 @@ class ProjectionPart(nn.Module):
         self._holder = (holder,)
         self.index = index
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._holder[0].part(x, self.index)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self._holder[0].part(input, self.index)
 
 
 def _version(x: torch.Tensor) -> int:
@@ -203,6 +203,8 @@ def _fuse(model: nn.Module, group: list[str], linears: dict[str, nn.Linear]) -> 
     fused.weight = nn.Parameter(torch.cat([linear.weight.detach() for linear in members]), first.weight.requires_grad)
     if first.bias is not None:
         fused.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in members]), first.bias.requires_grad)
+    # Patterns of later steps name the projections by what they were called.
+    object.__setattr__(fused, "original_names", tuple(group))
     holder = FusedProjections(fused, sizes).train(first.training)
     changes = []
     for index, name in enumerate(group):

@@ -97,8 +97,9 @@ class QuantizedLinear(nn.Module):
         q = int8_linear.unpack(self.weight, n, k) if self._packed else self.weight[:n, :k]
         return q.float() * self.weight_scale[:n, None]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        compute = x if self.dtype is None else x.to(self.dtype)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        # Named as in nn.Linear, for callers that name it.
+        compute = input if self.dtype is None else input.to(self.dtype)
         if self._packed and compute.dtype in (torch.float32, torch.bfloat16):
             assert self.weight_sum is not None
             y = int8_linear.run(
@@ -118,10 +119,13 @@ class QuantizedLinear(nn.Module):
         else:
             rows = compute.reshape(-1, self.in_features)
             y = self._int8_mm(rows) if self.kernel == "int8_mm" else self._scaled_mm(rows)
-            y = y.reshape(*x.shape[:-1], self.out_features)
-        return y if y.dtype == x.dtype else y.to(x.dtype)
+            y = y.reshape(*input.shape[:-1], self.out_features)
+        return y if y.dtype == input.dtype else y.to(input.dtype)
 
     def _weight_only(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float16:
+            # float16 ends at 65504: a product with codes up to 127, 448 or 57344 passes it before a scale brings it back.
+            return F.linear(x, self.dequantize().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         # The scale multiplies the product, not the weight: the compiler then converts the weight inside the matmul.
         y = F.linear(x, self.weight.to(x.dtype)) * self.weight_scale.to(x.dtype)
         return y if self.bias is None else y + self.bias.to(x.dtype)

@@ -64,9 +64,9 @@ class FakeQuantLinear(nn.Module):
         self.weight: torch.Tensor
         self.bias: torch.Tensor | None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         # Exact arithmetic on exact input has no compute dtype to imitate.
-        compute = x.dtype if self.dtype is None or x.dtype == torch.float64 else self.dtype
-        values = fake_quantize_activation(x.to(compute), self.activation)
+        compute = input.dtype if self.dtype is None or input.dtype == torch.float64 else self.dtype
+        values = fake_quantize_activation(input.to(compute), self.activation)
         bias = None if self.bias is None else self.bias.to(compute)
-        return F.linear(values, self.weight.to(compute), bias).to(x.dtype)
+        return F.linear(values, self.weight.to(compute), bias).to(input.dtype)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,15 +36,33 @@ class Tf32Matmul(Optimizer):
         return Applied(model, num_changed=1, kernels=("tf32",), context=tf32_matmul)
 
 
+@dataclass
+class _Switch:
+    """The setting is the process's own: calls of several threads share it, and the last to leave restores it."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    depth: int = 0
+    before: Any = None
+
+
+_SWITCH = _Switch()
+
+
 @contextmanager
 def tf32_matmul() -> Iterator[None]:
-    """TF32 on inside, the earlier setting back outside, also after an exception."""
+    """TF32 on inside, the earlier setting back when the last of overlapping calls is out, also after an exception."""
     matmul = torch.backends.cuda.matmul
     # The two spellings must not be mixed: torch raises when it finds both in use.
     name, on = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
-    before = getattr(matmul, name)
-    setattr(matmul, name, on)
+    with _SWITCH.lock:
+        if _SWITCH.depth == 0:
+            _SWITCH.before = getattr(matmul, name)
+            setattr(matmul, name, on)
+        _SWITCH.depth += 1
     try:
         yield
     finally:
-        setattr(matmul, name, before)
+        with _SWITCH.lock:
+            _SWITCH.depth -= 1
+            if _SWITCH.depth == 0:
+                setattr(matmul, name, _SWITCH.before)

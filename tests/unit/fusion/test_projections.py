@@ -219,3 +219,13 @@ def test_outputs_that_callers_flatten_with_view_still_work() -> None:
     applied = fuse(model)
     assert len(applied.changes) == 2
     torch.testing.assert_close(Rows().call(applied.model), Rows().call(model), rtol=1e-5, atol=1e-6)
+
+
+def test_called_by_the_name_that_linear_gives_its_input() -> None:
+    model = Attention()
+    fused = fuse(model).model
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
+    modules = [(getattr(model, name), getattr(fused, name)) for name in ("query", "key", "value")]
+    assert [type(after) for _, after in modules] == [FusedProjections, ProjectionPart, ProjectionPart]
+    for before, after in modules:
+        torch.testing.assert_close(after(input=x), before(input=x))

@@ -210,3 +210,26 @@ def test_quantizers_round_half_to_even_and_refuse_bad_weights() -> None:
         int8.quantize_weight(bad, per_channel=True)
     with pytest.raises(ValueError, match="non-finite"):
         float8.quantize_weight(bad, torch.float8_e4m3fn, per_channel=True)
+
+
+@pytest.mark.parametrize("name", ["int8_weight_only", "fp8_weight_only", "fp8_e5m2_weight_only"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_float16_holds_large_activations(name: str, rows: int) -> None:
+    linear, _, _ = make(name, k=384, n=48, dtype=torch.float16)
+    nn.init.normal_(linear.weight, std=0.02, generator=torch.Generator().manual_seed(3))
+    weight, activation, options = SCHEMES[name]
+    module = QuantizedLinear.from_linear(linear, weight, activation, **options)
+    x = torch.randn(rows, 384, generator=torch.Generator().manual_seed(7)).half()
+    x[0, 5] = 2000
+    actual = module(x)
+    assert module.kernel == "dequantize"
+    assert torch.isfinite(actual).all()
+    assert_within_budget(actual, FakeQuantLinear(linear, weight, activation, None), x)
+
+
+@scheme
+def test_called_by_the_name_that_linear_gives_its_input(name: str) -> None:
+    _, module, reference = make(name)
+    x = inputs(5, 96)
+    assert torch.equal(module(input=x), module(x))
+    assert torch.equal(reference(input=x), reference(x))

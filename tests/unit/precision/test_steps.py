@@ -217,3 +217,18 @@ def test_tf32_applies_where_it_exists() -> None:
     assert Tf32Matmul().apply(model, Context(nvidia("a100"), Ids())).context is tf32_matmul
     assert Tf32Matmul().support(nvidia("t4")).level is Level.unsupported
     assert Tf32Matmul().support(nvidia("a100")).level is Level.native
+
+
+def test_tf32_is_restored_when_the_last_of_overlapping_calls_leaves() -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    first, second = tf32_matmul(), tf32_matmul()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert matmul.fp32_precision == "tf32"
+    second.__exit__(None, None, None)
+    assert matmul.fp32_precision == before
+    with tf32_matmul():
+        assert matmul.fp32_precision == "tf32"
+    assert matmul.fp32_precision == before
