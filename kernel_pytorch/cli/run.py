@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -26,7 +27,13 @@ def run(arguments: Arguments) -> int:
 
     from kernel_pytorch.engine.parent import run_in_child
 
-    result = run_in_child(composed, folder)
+    try:
+        result = run_in_child(composed, folder)
+    except ConfigError:
+        # Folders may have been made before one could not be.
+        if made is not None and os.path.lexists(made):
+            shutil.rmtree(made)
+        raise
     if result["exit_code"] == INVALID:
         # A mistake that only the child could see, such as a missing extra: no output folder stays behind.
         forget(folder, made)
@@ -64,7 +71,8 @@ def _first_missing(folder: Path) -> Path | None:
     """The topmost folder that making `folder` would make; None when it is there."""
     missing = None
     for path in (folder, *folder.parents):
-        if path.exists():
+        # os.path asks without raising for a folder that may not be looked into: making what is below it says why.
+        if os.path.lexists(path):
             return missing
         missing = path
     return missing

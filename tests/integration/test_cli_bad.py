@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 # name -> (words of the command line, number of mistakes, what the lines say)
@@ -170,3 +172,23 @@ def test_tracebacks_only_for_who_asks(place) -> None:
     ended = place.run("precision=fp9", HYDRA_FULL_ERROR="1")
     assert ended.code == 1
     assert "Traceback" in ended.err
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below", "file/far/below", "new/" + "n" * 300, "/dev/null/out", "taken"])
+def test_a_run_folder_that_cannot_be_used(place, refused, folder):
+    (place.work / "file").write_text("")
+    (place.work / "taken" / "job.json").mkdir(parents=True)
+    refused("model=decoder", f"hydra.run.dir={folder}", says=("hydra.run.dir", "run folder"))
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.parametrize("folder", ["locked", "locked/out"])
+@pytest.mark.parametrize("mode", [0o555, 0o000])
+def test_a_run_folder_without_permission(place, refused, folder, mode):
+    locked = place.work / "locked"
+    locked.mkdir()
+    locked.chmod(mode)
+    try:
+        refused("model=decoder", f"hydra.run.dir={folder}", says=("hydra.run.dir", "run folder"))
+    finally:
+        locked.chmod(0o755)
