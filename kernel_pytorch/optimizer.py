@@ -197,9 +197,17 @@ def select_modules(
     for name, module in candidates.items():
         if include and not any(matches(module, pattern) for pattern in include):
             continue
+        parts = () if any(fnmatchcase(name, pattern) for pattern in include) else getattr(module, "original_names", ())
+        left_out = [part for part in parts if include and not any(fnmatchcase(part, pattern) for pattern in include)]
+        if left_out:
+            skipped.append(Skipped(name, f"merged with {', '.join(left_out)}, which no include pattern names; use fusion=none"))
+            continue
         hit = next((pattern for pattern in exclude if matches(module, pattern)), None)
         if hit is not None:
-            skipped.append(Skipped(name, f"excluded by pattern {hit!r}"))
+            merged = getattr(module, "original_names", ())
+            others = [part for part in merged if not fnmatchcase(part, hit)] if not fnmatchcase(name, hit) else []
+            along = f", and with it {', '.join(others)}: fusion=none parts them" if others else ""
+            skipped.append(Skipped(name, f"excluded by pattern {hit!r}{along}"))
         else:
             matched[name] = module
     return Selection(matched, skipped)

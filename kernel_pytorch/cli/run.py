@@ -24,6 +24,7 @@ def run(arguments: Arguments) -> int:
     composed = compose(words, prepared.sources)
     folder = Path(composed.run_dir)
     made = _first_missing(folder)
+    earlier = _files_of_an_earlier_run(folder)
 
     from kernel_pytorch.engine.parent import run_in_child
 
@@ -37,6 +38,8 @@ def run(arguments: Arguments) -> int:
     if result["exit_code"] == INVALID:
         # A mistake that only the child could see, such as a missing extra: no output folder stays behind.
         forget(folder, made)
+        for path, content in earlier.items():
+            path.write_bytes(content)
         raise ConfigError(str(result["error"]).splitlines())
     show(result, folder)
     return int(result["exit_code"])
@@ -65,6 +68,12 @@ def forget(folder: Path, made: Path | None) -> None:
         return
     for name in ("result.json", "log.txt"):
         (folder / name).unlink(missing_ok=True)
+
+
+def _files_of_an_earlier_run(folder: Path) -> dict[Path, bytes]:
+    """What a run replaces, so that one that should not have started can put it back."""
+    names = ("result.json", "log.txt", "recipe.yaml", "report.html")
+    return {folder / name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
 def _first_missing(folder: Path) -> Path | None:

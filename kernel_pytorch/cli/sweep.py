@@ -37,6 +37,7 @@ def sweep(arguments: Arguments) -> int:
     _refuse_if_nothing_is_valid(prepared)
     folder = _folder(prepared)
     identity = uuid.uuid4().hex
+    _make(folder)
     os.environ[SWEEP_ID] = identity
     interrupted = False
     try:
@@ -47,6 +48,14 @@ def sweep(arguments: Arguments) -> int:
         del os.environ[SWEEP_ID]
         code = _finish(folder, identity, prepared.sources)
     return 130 if interrupted else code
+
+
+def _make(folder: Path) -> None:
+    """Raises ConfigError for a sweep folder that cannot be used."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"hydra.sweep.dir: {str(folder)!r} cannot be the sweep folder: {error.strerror}") from error
 
 
 def task(cfg: DictConfig) -> float | None:

@@ -1,4 +1,4 @@
-"""The process that runs one job: `python -m kernel_pytorch.engine.child JOB.json`.
+"""The process that runs one job: `python -m kernel_pytorch.engine.start JOB.json`.
 
 Every run has its own, so that one that is killed for memory takes nothing else with it, and a sweep measures each job in
 a process that nothing has warmed or filled. Writes the result beside the job and exits with the verdict's code.
@@ -111,7 +111,3 @@ def _quiet(log: Path) -> TextIO:
 def main(argv: list[str]) -> int:
     job_file = Path(argv[0])
     return run_job(job_file, _quiet(job_file.parent / LOG_FILE))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

@@ -38,7 +38,7 @@ def run_in_child(composed: Composed, run_dir: Path) -> dict[str, Any]:
     with _Watched() as watched:
         try:
             _prepare(run_dir, job, json.dumps(spec))
-            code = watched.run([sys.executable, "-m", "kernel_pytorch.engine.child", str(job)])
+            code = watched.run([sys.executable, "-m", "kernel_pytorch.engine.start", str(job)])
         finally:
             # os.path asks without raising for a folder that may not be looked into.
             if os.path.isfile(job):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kernel_pytorch.models.offline import import_transformers, quiet
-from kernel_pytorch.models.source import Loaded, ModelSource, check_preset, torch_dtype
+from kernel_pytorch.models.source import Loaded, ModelSource, check_length, check_preset, torch_dtype
 from kernel_pytorch.models.text import DataSource, RandomTokens, Vocabulary
 from kernel_pytorch.models.tokens import TokenWorkload
 from kernel_pytorch.models.views import token_rows
@@ -36,6 +36,7 @@ class RandomBert(ModelSource):
             )
             model = transformers.BertModel(config)
         parts = data.parts(Vocabulary(config.vocab_size), batch=8, length=32, seed=seed)
+        check_length(parts, config.max_position_embeddings)
         model = model.to(device, torch_dtype(self.dtype, torch.float32)).eval()
         workload = TokenWorkload(parts, token_rows, phase="forward", trained=False, device=device)
         return Loaded(model, workload, f"BERT {self.preset}, random weights")

@@ -11,7 +11,7 @@ from torch import nn
 
 from kernel_pytorch.errors import ConfigError
 from kernel_pytorch.models.offline import import_transformers, quiet, tokenizer_from
-from kernel_pytorch.models.source import Loaded, ModelSource
+from kernel_pytorch.models.source import Loaded, ModelSource, check_length
 from kernel_pytorch.models.text import BuiltinSentences, DataSource, RandomTokens, Vocabulary
 from kernel_pytorch.models.tokens import TokenWorkload, by_keyword
 from kernel_pytorch.models.views import token_rows
@@ -57,6 +57,7 @@ class LocalFolder(ModelSource):
         encode = tokenizer_from(file, pad_id if isinstance(pad_id, int) else 0) if file.is_file() else None
         data = data or self.default_data()
         parts = data.parts(Vocabulary(embedding.num_embeddings, encode), batch=8, length=32, seed=seed)
+        check_length(parts, getattr(model.config, "max_position_embeddings", None))
         invoke = _without_cache if is_causal else by_keyword
         workload = TokenWorkload(parts, token_rows, phase=self.phase.value, trained=True, device=device, invoke=invoke, logits=is_causal)
         return Loaded(model.to(device).eval(), workload, f"{name} of {folder.name}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kernel_pytorch.models.offline import demo_package, import_transformers, quiet, tokenizer_from
-from kernel_pytorch.models.source import Loaded, ModelSource, torch_dtype
+from kernel_pytorch.models.source import Loaded, ModelSource, check_length, torch_dtype
 from kernel_pytorch.models.text import DataSource, Vocabulary
 from kernel_pytorch.models.tokens import TokenWorkload
 from kernel_pytorch.models.views import pooled_rows
@@ -39,5 +39,6 @@ class MiniLM(ModelSource):
         data = data or self.default_data()
         vocabulary = Vocabulary(config.vocab_size, tokenizer_from(folder / "tokenizer.json", config.pad_token_id))
         parts = data.parts(vocabulary, batch=8, length=32, seed=seed)
+        check_length(parts, config.max_position_embeddings)
         workload = TokenWorkload(parts, pooled_rows, phase="forward", trained=True, device=device)
         return Loaded(model, workload, "all-MiniLM-L6-v2")

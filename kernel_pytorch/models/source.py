@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from kernel_pytorch.errors import ConfigError
-from kernel_pytorch.models.text import BuiltinSentences, DataSource
+from kernel_pytorch.models.text import BuiltinSentences, DataSource, Parts
 from kernel_pytorch.optimizer import Workload
 from kernel_pytorch.schema import nearest
 
@@ -40,6 +40,13 @@ class ModelSource(ABC):
         """The model with the weights it comes with, and its workload. `data` None is `default_data()`.
 
         Raises ConfigError (one line a mistake) for a setting that this source cannot follow."""
+
+
+def check_length(parts: Parts, most: int | None) -> None:
+    """ConfigError when samples are longer than the model has positions for."""
+    length = parts.timing().ids.shape[1]
+    if most is not None and length > most:
+        raise ConfigError(f"data.length: found {length}; allowed: 1 to {most}, the positions that the model has")
 
 
 def torch_dtype(name: str | None, default: torch.dtype) -> torch.dtype:

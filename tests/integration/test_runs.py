@@ -217,3 +217,29 @@ def test_a_killed_process_leaves_an_error_and_a_result(place):
     assert (result["verdict"], result["exit_code"]) == ("error", 1)
     assert "SIGKILL" in result["error"]
     assert b"SIGKILL" in err
+
+
+def test_a_mistake_leaves_the_results_of_an_earlier_run_alone(place):
+    keep = place.work / "out"
+    keep.mkdir()
+    (keep / "result.json").write_text('{"mine": 1}')
+    (keep / "log.txt").write_text("log")
+    ended = place.run("model=hf", "model.path=nowhere", "hydra.run.dir=out")
+    assert (ended.code, len(ended.lines)) == (2, 1)
+    assert (keep / "result.json").read_text() == '{"mine": 1}'
+    assert (keep / "log.txt").read_text() == "log"
+
+
+def test_samples_longer_than_the_model_are_one_line(place):
+    ended = place.run(
+        "compile=none", "precision=int8_weight_only", "model=bert", "model.preset=tiny", "data.length=5000", "hydra.run.dir=out"
+    )
+    assert (ended.code, len(ended.lines)) == (2, 1)
+    assert "data.length: found 5000" in ended.err
+    assert not (place.work / "out").exists()
+
+
+def test_an_unusable_sweep_folder_is_one_line(place):
+    ended = place.run("-m", "model=decoder", "precision=none,bf16", "hydra.sweep.dir=/dev/null/x")
+    assert (ended.code, len(ended.lines)) == (2, 1)
+    assert "hydra.sweep.dir" in ended.err

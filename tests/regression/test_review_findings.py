@@ -209,3 +209,12 @@ class Functional(nn.Module):
 def test_a_model_that_draws_random_numbers_is_compared_with_the_same_ones():
     report = optimize(seeded(Functional), "precision=int8_weight_only", args=(torch.randn(32, 64),)).report
     assert report.verification.cosine_min > 0.99
+
+
+def test_include_of_one_part_of_a_merged_layer_does_not_take_the_others_along():
+    report = optimize(
+        seeded(Attention), "fusion=qkv", "precision=int8_weight_only", "precision.include=[query]", args=(torch.randn(8, 32),)
+    ).report
+    row = next(row for row in report.steps if row.group == "precision")
+    assert row.changed == 0
+    assert [skipped["reason"] for skipped in row.skipped] == ["merged with key, value, which no include pattern names; use fusion=none"]
