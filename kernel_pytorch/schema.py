@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import field
-from enum import Enum
 from typing import Annotated, Dict, List, Optional
 
 from pydantic import AfterValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from kernel_pytorch.choices import (
+    ActivationGranularity,
+    ActivationMode,
+    AllocationStrategy,
+    CompileMode,
+    OnMismatch,
+    Phase,
+    ScaleSearch,
+    SdpaBackend,
+    WeightGranularity,
+)
 from kernel_pytorch.devices import HARDWARE
 from kernel_pytorch.formats import DTYPES, FORMATS
 
@@ -41,48 +51,30 @@ def _one_of(allowed: tuple[str, ...]) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _one_of_numbers(allowed: tuple[int, ...]) -> AfterValidator:
+    def check(value: int) -> int:
+        if value not in allowed:
+            raise ValueError(f"found {value}; allowed {', '.join(map(str, allowed))}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _assignment(text: str) -> str:
+    pattern, equals, name = (part.strip() for part in text.rpartition("="))
+    if not equals or not pattern:
+        raise ValueError(f"found {text!r}; allowed PATTERN=FORMAT, such as '*.down_proj=int8'")
+    if name not in (*FORMATS, KEEP):
+        raise ValueError(f"found format {name!r} in {text!r}; allowed {', '.join(FORMATS)}, {KEEP}{nearest(name, (*FORMATS, KEEP))}")
+    return f"{pattern}={name}"
+
+
+# Instead of a format in `weight.assign`: the module stays as it is.
+KEEP = "keep"
 FormatName = Annotated[str, _one_of(tuple(FORMATS))]
+Assignment = Annotated[str, AfterValidator(_assignment)]
 DtypeName = Annotated[str, _one_of(DTYPES)]
 HardwareName = Annotated[str, _one_of(HARDWARE)]
-
-
-class OnMismatch(str, Enum):
-    emulate = "emulate"
-    error = "error"
-
-
-class SdpaBackend(str, Enum):
-    auto = "auto"
-    math = "math"
-    efficient = "efficient"
-    flash = "flash"
-    cudnn = "cudnn"
-
-
-class WeightGranularity(str, Enum):
-    tensor = "tensor"
-    channel = "channel"
-
-
-class ActivationGranularity(str, Enum):
-    tensor = "tensor"
-    token = "token"
-
-
-class ActivationMode(str, Enum):
-    none = "none"
-    dynamic = "dynamic"
-
-
-class CompileMode(str, Enum):
-    default = "default"
-    max_autotune = "max_autotune"
-
-
-class Phase(str, Enum):
-    forward = "forward"
-    prefill = "prefill"
-    decode = "decode"
 
 
 @dataclass
@@ -124,14 +116,42 @@ class WeightConfig:
     """How weights are stored."""
 
     format: Annotated[Optional[FormatName], Field(description="stored number format; null keeps the weights")] = None
-    granularity: Annotated[WeightGranularity, Field(description="what shares one scale")] = WeightGranularity.channel
+    granularity: Annotated[WeightGranularity, Field(description="what shares one scale in formats without blocks of their own")] = (
+        WeightGranularity.channel
+    )
+    group_size: Annotated[
+        int, _one_of_numbers((32, 64, 128)), Field(description="int4: values that share a scale and a zero (32, 64, 128)")
+    ] = 64
+    scale_search: Annotated[ScaleSearch, Field(description="nvfp4: how block scales are picked, offline; free when the model runs")] = (
+        ScaleSearch.search
+    )
+    assign: Annotated[
+        List[Assignment], Field(description="PATTERN=FORMAT for single modules, first match wins; FORMAT `keep` leaves a module as it is")
+    ] = field(default_factory=list)
+
+
+@dataclass
+class AllocationConfig:
+    """Mixed formats under a budget: which modules are stored in which of `formats`."""
+
+    strategy: Annotated[Optional[AllocationStrategy], Field(description="what scores the modules; null stores all in weight.format")] = None
+    effective_bits: Annotated[
+        Optional[float], Field(gt=0, le=32, description="most stored bits a weight, scales included, over the chosen modules (bits)")
+    ] = None
+    formats: Annotated[List[FormatName], Field(description="formats to choose from")] = field(default_factory=list)
+    num_calibration_calls: Annotated[int, Field(ge=1, le=4096, description="calibration samples that scores are measured on")] = 32
+    sensitivity_share: Annotated[
+        float, Field(gt=0, le=1, description="part of the modules whose sensitivity is measured; the others' is predicted from the prior")
+    ] = 1.0
 
 
 @dataclass
 class ActivationConfig:
     """How inputs of a linear layer are quantized before the matmul."""
 
-    mode: Annotated[ActivationMode, Field(description="none computes in the model's dtype; dynamic scales each call")] = ActivationMode.none
+    mode: Annotated[
+        ActivationMode, Field(description="none computes in the model's dtype; dynamic scales each call; static by calibration, once")
+    ] = ActivationMode.none
     format: Annotated[Optional[FormatName], Field(description="number format of the activations; null when mode is none")] = None
     granularity: Annotated[ActivationGranularity, Field(description="what shares one scale")] = ActivationGranularity.token
     symmetric: Annotated[bool, Field(description="false gives int8 a zero point beside each scale: one-sided values use all 256 codes")] = (
@@ -155,6 +175,8 @@ class PrecisionConfig(GroupConfig):
     weight: WeightConfig = field(default_factory=WeightConfig)
     activation: ActivationConfig = field(default_factory=ActivationConfig)
     min_features: Annotated[int, Field(ge=1, le=65536, description="linear layers with fewer inputs or outputs stay as they are")] = 16
+    allocation: AllocationConfig = field(default_factory=AllocationConfig)
+    num_calibration_calls: Annotated[int, Field(ge=1, le=4096, description="samples that static activation scales are calibrated on")] = 32
     quality: QualityFloor = field(default_factory=QualityFloor)
 
     @model_validator(mode="after")
@@ -162,7 +184,7 @@ class PrecisionConfig(GroupConfig):
         if (self.activation.mode is ActivationMode.none) != (self.activation.format is None):
             raise ValueError(
                 f"activation.mode={self.activation.mode.value} contradicts activation.format={self.activation.format or 'null'};"
-                " mode none goes with format null, mode dynamic with a number format"
+                " mode none goes with format null, the others with a number format"
             )
         if self.activation.format is not None and self.activation.format != self.weight.format:
             raise ValueError(
@@ -173,6 +195,35 @@ class PrecisionConfig(GroupConfig):
             raise ValueError(
                 f"activation.symmetric=false with activation.format={self.activation.format or 'null'}: only int8 has a zero point"
             )
+        if self.activation.mode is ActivationMode.static and self.activation.granularity is not ActivationGranularity.tensor:
+            raise ValueError("activation.mode=static with activation.granularity=token: a token's scale is known in its call; use tensor")
+        return self
+
+    @model_validator(mode="after")
+    def _mixed_formats_are_weight_only(self) -> PrecisionConfig:
+        mixed = "weight.assign" if self.weight.assign else "allocation.strategy" if self.allocation.strategy is not None else None
+        if mixed is not None and self.activation.mode is not ActivationMode.none:
+            raise ValueError(
+                f"{mixed} with activation.mode={self.activation.mode.value}: formats are mixed where activations are not quantized"
+            )
+        if self.weight.assign and self.allocation.strategy is not None:
+            raise ValueError("weight.assign with allocation.strategy: the one is the other's result; leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _allocation_is_whole(self) -> PrecisionConfig:
+        found = self.allocation
+        if found.strategy is None and (found.effective_bits is not None or found.formats):
+            raise ValueError("allocation.effective_bits and allocation.formats need allocation.strategy")
+        if found.strategy is not None and (found.effective_bits is None or len(set(found.formats)) < 2):
+            raise ValueError("allocation.strategy needs allocation.effective_bits and two or more allocation.formats")
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_have_their_own_scales(self) -> PrecisionConfig:
+        block = FORMATS[self.weight.format].block if self.weight.format is not None else 0
+        if block and self.weight.granularity is not WeightGranularity.channel:
+            raise ValueError(f"weight.granularity=tensor with weight.format={self.weight.format}: its scales belong to blocks of {block}")
         return self
 
 
