@@ -1,4 +1,4 @@
-"""Linear with 8-bit weights and 16-bit inputs for few rows: y = (x @ w.T) * scale + bias, w int8 or float8_e4m3fn.
+"""Linear with 8-bit weights and 16-bit inputs for few rows: y = (x @ w.T) * scale * row_scale + bias, w int8 or float8_e4m3fn.
 
 Bound by the weight's bytes, so weights are the left operand of the matrix instruction and the rows of x its narrow right one.
 `pack` stores a weight once in the kernel's order; `reference` says what is computed; `linear` runs the operator.
@@ -75,9 +75,17 @@ def permute_columns(x: torch.Tensor) -> torch.Tensor:
     return padded.unflatten(-1, (-1, 4, WORDS)).transpose(-1, -2).flatten(-3)
 
 
-def reference(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [..., K], weight [N, K] int8 or float8_e4m3fn, scale [N], bias [N] -> [..., N], all in x's dtype."""
+def reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    row_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x [..., K], weight [N, K] int8 or float8_e4m3fn, scale [N], bias [N], row_scale [M] -> [..., N], all in x's dtype."""
     y = (x @ weight.to(x.dtype).t()) * scale.to(x.dtype)
+    if row_scale is not None:
+        y = y * row_scale.to(x.dtype).view(*x.shape[:-1], 1)
     return y if bias is None else y + bias.to(x.dtype)
 
 
@@ -139,6 +147,7 @@ def launch(
     fp8: bool,
     config: Config,
     out: torch.Tensor | None = None,
+    row_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The operator on x [M, K] contiguous with this configuration, into out [M, N] where given."""
     m, k = x.shape
@@ -148,14 +157,16 @@ def launch(
         return out
     cuda = x.is_cuda and torch.version.hip is None
     overlap = config.overlap if cuda and device(x.device.index).dependent_launch else "none"
-    common = {"FP8": fp8, "HAS_BIAS": bias is not None, "ASM": cuda, "EARLY": overlap == "early", "LATE": overlap == "late"}
+    epilogue = {"HAS_BIAS": bias is not None, "HAS_ROW_SCALE": row_scale is not None}
+    common = {"FP8": fp8, "ASM": cuda, "EARLY": overlap == "early", "LATE": overlap == "late", **epilogue}
     extra = {} if overlap == "none" else {"launch_pdl": True}
     block = {"BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "num_warps": config.num_warps, "num_stages": config.num_stages}
-    bias_or_any = scale if bias is None else bias
+    # A pointer that the kernel does not read.
+    scales = (scale, scale if row_scale is None else row_scale, scale if bias is None else bias)
     if config.slices == 0 and m == 1:
         even = k == row_words * 4 and k % config.block_k == 0
         grid = (-(-n // config.block_n),)
-        _vector[grid](x, packed, scale, bias_or_any, out, n, k, row_words, EVEN=even, **common, **block, **extra)
+        _vector[grid](x, packed, *scales, out, n, k, row_words, EVEN=even, **common, **block, **extra)
         return out
     step = config.block_k * config.slices
     steps = -(-k // (config.split * step))
@@ -166,8 +177,7 @@ def launch(
     _matrix[(-(-n // config.block_n), split, -(-m // rows))](
         x,
         packed,
-        scale,
-        bias_or_any,
+        *scales,
         target,
         m,
         n,
@@ -184,32 +194,54 @@ def launch(
     )
     if split > 1:
         grid = (-(-n // 512), m)
-        flags = {"HAS_BIAS": bias is not None, "PDL": overlap != "none"}
-        _sum_splits[grid](target, scale, bias_or_any, out, m, n, SPLIT=split, BLOCK=512, **flags, **extra)
+        _sum_splits[grid](target, *scales, out, m, n, SPLIT=split, BLOCK=512, PDL=overlap != "none", **epilogue, **extra)
     return out
 
 
 @torch.library.custom_op("kernel_pytorch::skinny_w8a16", mutates_args=())
-def _linear(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, format: str) -> torch.Tensor:
+def _linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    format: str,
+    row_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
     k = x.shape[-1]
     flat = x.reshape(-1, k).contiguous()
     # Without a GPU only Triton's interpreter runs this.
     on = device(x.device.index) if x.is_cuda else Device("cpu", 1, 65536, False, False)
     config = choose(flat.shape[0], packed.shape[0], k, on)
     with torch.cuda.device_of(x):
-        y = launch(flat, packed, scale, bias, format == "float8_e4m3fn", config)
+        y = launch(flat, packed, scale, bias, format == "float8_e4m3fn", config, row_scale=row_scale)
     return y.view(*x.shape[:-1], packed.shape[0])
 
 
 @_linear.register_fake
-def _(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, format: str) -> torch.Tensor:
+def _(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    format: str,
+    row_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
-def linear(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None, *, format: str) -> torch.Tensor:
+def linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    format: str,
+    row_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
     """x [..., K] bfloat16 or float16, packed from `pack`, scale and bias float32 [N], format a name of DTYPES -> [..., N] in x.dtype.
+    row_scale: float32, one number a row of x, [M] or [..., 1].
 
-    Sums in float32, scale and bias on the sum, one rounding at the end. Right for any number of rows, made for 1 to 64."""
+    Sums in float32, scales and bias on the sum, one rounding at the end. Right for any number of rows, made for 1 to 64."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"skinny_w8a16: x must be bfloat16 or float16, got {x.dtype}")
     if format not in DTYPES:
@@ -224,4 +256,10 @@ def linear(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: tor
             raise ValueError(
                 f"skinny_w8a16: {name} must be contiguous float32 [{packed.shape[0]}], got {values.dtype} {tuple(values.shape)}"
             )
-    return _linear(x, packed, scale, bias, format)
+    if row_scale is not None:
+        m = x.shape[:-1].numel()
+        if row_scale.dtype != torch.float32 or row_scale.numel() != m or not row_scale.is_contiguous():
+            raise ValueError(
+                f"skinny_w8a16: row_scale must be contiguous float32, {m} numbers, got {row_scale.dtype} {tuple(row_scale.shape)}"
+            )
+    return _linear(x, packed, scale, bias, format, row_scale)

@@ -100,6 +100,7 @@ def matrix(
     x_ptr,
     w_ptr,
     scale_ptr,
+    row_scale_ptr,
     bias_ptr,
     out_ptr,
     M,
@@ -109,6 +110,7 @@ def matrix(
     steps,
     FP8: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
     PARTIAL: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -187,6 +189,8 @@ def matrix(
     inside = (n[:, None] < N) & (m[None, :] < M)
     if not PARTIAL:
         acc *= tl.load(scale_ptr + n, mask=n < N, other=0.0)[:, None]
+        if HAS_ROW_SCALE:
+            acc *= tl.load(row_scale_ptr + m, mask=m < M, other=0.0)[None, :]
         if HAS_BIAS:
             acc += tl.load(bias_ptr + n, mask=n < N, other=0.0)[:, None]
     out = out_ptr + (split.to(tl.int64) * M + m[None, :]) * N + n[:, None]
@@ -197,11 +201,13 @@ def matrix(
 def sum_splits(
     partial_ptr,
     scale_ptr,
+    row_scale_ptr,
     bias_ptr,
     out_ptr,
     M,
     N,
     HAS_BIAS: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -217,6 +223,8 @@ def sum_splits(
     for s in tl.static_range(SPLIT):
         acc += tl.load(partial_ptr + (s * M + m) * N + n, mask=inside, other=0.0)
     acc *= scale
+    if HAS_ROW_SCALE:
+        acc *= tl.load(row_scale_ptr + m)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n, mask=inside, other=0.0)
     tl.store(out_ptr + m * N + n, acc.to(out_ptr.dtype.element_ty), mask=inside)
@@ -263,6 +271,7 @@ def vector(
     x_ptr,
     w_ptr,
     scale_ptr,
+    row_scale_ptr,
     bias_ptr,
     out_ptr,
     N,
@@ -270,6 +279,7 @@ def vector(
     row_words,
     FP8: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -313,6 +323,8 @@ def vector(
         tl.extra.cuda.gdc_launch_dependents()
     inside = n < N
     y = tl.sum(acc, 1) * tl.load(scale_ptr + n, mask=inside, other=0.0)
+    if HAS_ROW_SCALE:
+        y *= tl.load(row_scale_ptr)
     if HAS_BIAS:
         y += tl.load(bias_ptr + n, mask=inside, other=0.0)
     tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=inside)

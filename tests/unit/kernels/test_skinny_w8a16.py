@@ -41,9 +41,16 @@ def relative(actual: torch.Tensor, exact: torch.Tensor) -> float:
     return float((actual.double() - exact).norm() / exact.norm())
 
 
-def assert_within_budget(actual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> None:
-    exact = op.reference(x.double(), weight, scale, bias)
-    error, low = relative(actual, exact), relative(op.reference(x, weight, scale, bias), exact)
+def assert_within_budget(
+    actual: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor,
+    row_scale: torch.Tensor | None = None,
+) -> None:
+    exact = op.reference(x.double(), weight, scale, bias, row_scale)
+    error, low = relative(actual, exact), relative(op.reference(x, weight, scale, bias, row_scale), exact)
     assert error <= 2 * low, f"error {error:.2e} exceeds the budget 2 x {low:.2e}"
 
 
@@ -80,6 +87,8 @@ def test_pack_refuses_nan_and_other_dtypes():
         ({"packed": torch.zeros(4, 63, dtype=torch.int32)}, r"packed must be int32 \[N, 64\]"),
         ({"scale": torch.ones(3)}, r"scale must be contiguous float32 \[4\]"),
         ({"bias": torch.ones(4).half()}, r"bias must be contiguous float32 \[4\]"),
+        ({"row_scale": torch.ones(4)}, r"row_scale must be contiguous float32, 1 numbers, got torch.float32 \(4,\)"),
+        ({"row_scale": torch.ones(1).half()}, r"row_scale must be contiguous float32"),
     ],
 )
 def test_linear_names_the_wrong_argument(change, message):
@@ -122,9 +131,17 @@ TARGETS = {
 
 def compile_for(target: GPUTarget, m: int, config: op.Config, fmt: str, dtype: str) -> tuple[str, int]:
     """Assembly text and bytes of shared memory."""
-    pointers = {"x_ptr": f"*{dtype}", "w_ptr": "*i32", "scale_ptr": "*fp32", "bias_ptr": "*fp32", "out_ptr": f"*{dtype}"}
+    pointers = {
+        "x_ptr": f"*{dtype}",
+        "w_ptr": "*i32",
+        "scale_ptr": "*fp32",
+        "row_scale_ptr": "*fp32",
+        "bias_ptr": "*fp32",
+        "out_ptr": f"*{dtype}",
+    }
     cuda = target.backend == "cuda"
-    flags = {"FP8": fmt != "int8", "HAS_BIAS": True, "EVEN": True, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "ASM": cuda}
+    flags = {"FP8": fmt != "int8", "HAS_BIAS": True, "HAS_ROW_SCALE": True, "EVEN": True, "ASM": cuda}
+    flags |= {"BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
     flags |= {"EARLY": config.overlap == "early", "LATE": config.overlap == "late"}
     if config.slices == 0:
         kernel, sizes = jit.vector, ("N", "K", "row_words")
@@ -165,20 +182,27 @@ configs = [op.Config(16, 128, 4, 1, 4, 4), op.Config(64, 256, 1, 2, 4, 4), op.Co
 for fmt in FORMATS:
     for m, n, k in ((7, 130, 200), (33, 257, 1000), (1, 1, 1), (1, 70, 1030), (65, 96, 520)):
         x, weight, scale, bias = make(m, n, k, fmt, torch.float16, "cpu")
-        exact = op.reference(x.double(), weight, scale, bias)
-        low = relative(op.reference(x, weight, scale, bias), exact)
-        for config in configs:
-            if config.slices or m == 1:
-                y = torch.full((m, n), float("nan"), dtype=torch.float16)
-                op.launch(x, op.pack(weight), scale, bias, fmt != "int8", config, y)
-                out.append((f"{fmt} {m} {n} {k} slices={config.slices}", relative(y, exact), low))
+        for row_scale in (None, torch.linspace(0.25, 1.0, m)):
+            exact = op.reference(x.double(), weight, scale, bias, row_scale)
+            low = relative(op.reference(x, weight, scale, bias, row_scale), exact)
+            for config in configs:
+                if config.slices or m == 1:
+                    y = torch.full((m, n), float("nan"), dtype=torch.float16)
+                    op.launch(x, op.pack(weight), scale, bias, fmt != "int8", config, y, row_scale)
+                    name = f"{fmt} {m} {n} {k} slices={config.slices} row_scale={row_scale is not None}"
+                    out.append((name, relative(y, exact), low))
 packed, scale = op.pack(torch.ones(8, 256, dtype=torch.int8)), torch.ones(8)
 seen = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 compiled = torch.compile(lambda x: op.linear(x, packed, scale, format="int8"), fullgraph=True, backend=seen)
 rows = [compiled(torch.ones(m, 256).half()).sum().item() for m in range(2, 10)]
 torch.library.opcheck(op._linear, (torch.ones(2, 256).half(), packed, scale, None, "int8"), test_utils=("test_schema", "test_faketensor"))
+row_scale = torch.tensor([[0.5], [3.0]])
+scaled = op.linear(torch.ones(2, 1, 256).half(), packed, scale, format="int8", row_scale=row_scale)[:, 0, 0].tolist()
+torch.library.opcheck(
+    op._linear, (torch.ones(2, 256).half(), packed, scale, None, "int8", row_scale), test_utils=("test_schema", "test_faketensor")
+)
 empty = op.linear(torch.ones(0, 3, 256).half(), packed, scale, format="int8")
-print(json.dumps({"errors": out, "frames": seen.frame_count, "rows": rows, "empty": list(empty.shape)}))
+print(json.dumps({"errors": out, "frames": seen.frame_count, "rows": rows, "empty": list(empty.shape), "scaled": scaled}))
 """
 
 
@@ -197,7 +221,7 @@ def interpreted():
 
 
 def test_interpreted_kernels_meet_the_budget_on_odd_shapes(interpreted):
-    assert len(interpreted["errors"]) == 34
+    assert len(interpreted["errors"]) == 68
     assert [name for name, error, low in interpreted["errors"] if not error <= 2 * low] == []
 
 
@@ -205,6 +229,10 @@ def test_compiled_once_for_static_and_once_for_any_m(interpreted):
     assert interpreted["frames"] == 2
     assert interpreted["rows"] == [256.0 * 8 * m for m in range(2, 10)]
     assert interpreted["empty"] == [0, 3, 8]
+
+
+def test_row_scale_of_any_shape_multiplies_its_row(interpreted):
+    assert interpreted["scaled"] == [0.5 * 256, 3.0 * 256]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -220,6 +248,13 @@ class TestOnGpu:
         config = op.choose(m, n, k, op.device(0))
         op.launch(x, op.pack(weight), scale, bias, fmt != "int8", config, y)
         assert_within_budget(y, x, weight, scale, bias)
+
+    @pytest.mark.parametrize(("m", "n"), [(1, 4096), (8, 4096), (8, 28672), (64, 4096)])
+    def test_row_scale_is_applied_before_the_one_rounding(self, m, n, fmt, dtype):
+        x, weight, scale, bias = make(m, n, 4096, fmt, dtype, "cuda")
+        row_scale = torch.linspace(0.25, 1.0, m, device="cuda")
+        y = op.linear(x, op.pack(weight), scale, bias, format=fmt, row_scale=row_scale)
+        assert_within_budget(y, x, weight, scale, bias, row_scale)
 
     def test_small_inputs_keep_their_precision(self, fmt, dtype):
         x, weight, scale, bias = make(5, 256, 4096, fmt, dtype, "cuda")
