@@ -19,12 +19,13 @@ class Target:
 TARGETS: dict[str, Target] = {
     "kernel_pytorch.backends.cpu.CpuBackend": Target("backend", ("hardware", "on_mismatch")),
     "kernel_pytorch.backends.nvidia.NvidiaBackend": Target("backend", ("hardware", "on_mismatch")),
+    "kernel_pytorch.backends.amd.AmdBackend": Target("backend", ("hardware", "on_mismatch")),
     "kernel_pytorch.attention.sdpa.SdpaBackendChoice": Target("attention", ("backend",)),
     "kernel_pytorch.fusion.projections.FuseProjections": Target("fusion", ("include", "exclude")),
     "kernel_pytorch.precision.cast.Cast": Target("precision", ("dtype",)),
     "kernel_pytorch.precision.tf32.Tf32Matmul": Target("precision", ()),
     "kernel_pytorch.precision.quantize.QuantizeLinears": Target(
-        "precision", ("include", "exclude", "dtype", "weight", "activation", "min_features")
+        "precision", ("include", "exclude", "dtype", "weight", "activation", "min_features", "allocation", "num_calibration_calls")
     ),
     "kernel_pytorch.compile.inductor.InductorCompile": Target("compile", ("mode", "fullgraph", "dynamic")),
     "kernel_pytorch.compile.regional.RegionalCompile": Target("compile", ("include", "exclude", "mode", "fullgraph", "dynamic")),

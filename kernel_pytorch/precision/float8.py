@@ -34,3 +34,9 @@ def quantize_rows(x: torch.Tensor, dtype: torch.dtype, *, per_row: bool = True) 
         largest = largest.amax(dim=0, keepdim=True).expand(x.shape[0], 1)
     largest = largest.clamp_min(TINY)
     return (x * (limit / largest)).clamp(-limit, limit).to(dtype), largest / limit
+
+
+def quantize_with(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x [M, K] -> codes under a scale that calibration gave (float32 [M, 1]); values outside the calibrated range saturate."""
+    limit = torch.finfo(dtype).max
+    return (x.float() / scale).clamp(-limit, limit).to(dtype)

@@ -54,3 +54,12 @@ def quantize_rows(x: torch.Tensor, *, symmetric: bool, per_row: bool = True) -> 
     zero_point = torch.round(-low * inverse) - 128.0
     q = (torch.round(x * inverse) + zero_point).clamp(-128.0, 127.0)
     return q.to(torch.int8), width / STEPS, zero_point
+
+
+def quantize_with(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None) -> torch.Tensor:
+    """x [M, K] -> int8 codes under a scale, and a zero point where there is one, that calibration gave (float32 [M, 1]).
+    Values outside the calibrated range saturate; the code of a value that is not finite means nothing."""
+    codes = torch.round(x.float() / scale)
+    if zero_point is None:
+        return codes.clamp(-MAX, MAX).to(torch.int8)
+    return (codes + zero_point).clamp(-128.0, 127.0).to(torch.int8)

@@ -1,21 +1,37 @@
-"""Replaces nn.Linear by QuantizedLinear: every 8-bit scheme is this step with other facts."""
+"""Replaces nn.Linear by QuantizedLinear: every quantized scheme is this step with other facts."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from kernel_pytorch.backends.base import Backend
 from kernel_pytorch.backends.capabilities import cpu_has, nvidia_has
+from kernel_pytorch.errors import ConfigError, NoEffectError
 from kernel_pytorch.kernels import int8_linear
 from kernel_pytorch.optimizer import Applied, Change, Context, Level, Optimizer, Skipped, Support, replace_module, select_modules
-from kernel_pytorch.precision.quantized_linear import QuantizedLinear
+from kernel_pytorch.precision.calibration import observe_ranges
+from kernel_pytorch.precision.quantized_linear import InputRange, QuantizedLinear
 from kernel_pytorch.precision.reference import FakeQuantLinear
-from kernel_pytorch.schema import ActivationConfig, ActivationMode, WeightConfig
+from kernel_pytorch.schema import KEEP, ActivationConfig, ActivationMode, AllocationConfig, WeightConfig
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """How one layer is stored, and what calibration saw of its inputs when its activations are static."""
+
+    weight: WeightConfig
+    calibrated: InputRange | None = None
 
 
 class QuantizeLinears(Optimizer):
-    """Stores Linear weights in a low-bit format and, when `activation` says so, quantizes their inputs at each call."""
+    """Stores Linear weights in low-bit formats and, when `activation` says so, quantizes their inputs."""
 
     def __init__(
         self,
@@ -26,6 +42,8 @@ class QuantizeLinears(Optimizer):
         weight: WeightConfig,
         activation: ActivationConfig,
         min_features: int,
+        allocation: AllocationConfig | None = None,
+        num_calibration_calls: int = 32,
     ) -> None:
         self.include = include
         self.exclude = exclude
@@ -33,6 +51,10 @@ class QuantizeLinears(Optimizer):
         self.weight = weight
         self.activation = activation
         self.min_features = min_features
+        self.allocation = allocation or AllocationConfig()
+        self.num_calibration_calls = num_calibration_calls
+        # What `apply` chose for each layer that it replaced: `reference` must imitate the same.
+        self._chosen: WeakKeyDictionary[nn.Module, _Choice] = WeakKeyDictionary()
 
     def support(self, backend: Backend) -> Support:
         if self.weight.format is None:
@@ -76,21 +98,49 @@ class QuantizeLinears(Optimizer):
         selection = select_modules(model, lambda _, module: isinstance(module, nn.Linear), self.include, self.exclude)
         skipped = list(selection.skipped)
         shared = shared_weights(model)
-        emulate = context.emulate or self.support(context.backend).level is not Level.native
-        changes: list[Change] = []
+        linears: dict[str, nn.Linear] = {}
         for name, module in selection.matched.items():
             assert isinstance(module, nn.Linear)
             reason = self._why_not(model, name, module, shared)
-            if reason is not None:
+            if reason is None:
+                linears[name] = module
+            else:
                 skipped.append(Skipped(name, reason))
+        details: dict[str, Any] = {}
+        formats = self._formats(model, linears, context, details)
+        ranges: dict[str, InputRange] = {}
+        if self.activation.mode is ActivationMode.static:
+            ranges = observe_ranges(model, linears, context.workload, self.num_calibration_calls)
+        emulate = context.emulate or self.support(context.backend).level is not Level.native
+        changes: list[Change] = []
+        for name, linear in linears.items():
+            if formats[name] == KEEP:
+                skipped.append(Skipped(name, "weight.assign keeps it"))
                 continue
+            if self.activation.mode is ActivationMode.static and name not in ranges:
+                skipped.append(Skipped(name, "calibration saw no finite input of it, so it has no static scale"))
+                continue
+            choice = _Choice(replace(self.weight, format=formats[name], assign=[]), ranges.get(name))
+            self._chosen[linear] = choice
             replacement = QuantizedLinear.from_linear(
-                module, self.weight, self.activation, dtype=self.dtype, emulate=emulate, isa=context.backend.facts.isa
+                linear,
+                choice.weight,
+                self.activation,
+                dtype=self.dtype,
+                emulate=emulate,
+                isa=context.backend.facts.isa,
+                input_range=choice.calibrated,
             )
-            changes.append(Change(name, module, replacement, replacement.kernel))
+            changes.append(Change(name, linear, replacement, replacement.kernel))
         for change in changes:
             replace_module(model, change.name, change.replacement)
-        return Applied(model, changes, skipped, details=self._details(changes, context))
+        return Applied(model, changes, skipped, details={**details, **self._details(changes, context)})
+
+    def _formats(self, model: nn.Module, linears: dict[str, nn.Linear], context: Context, details: dict[str, Any]) -> dict[str, str]:
+        """The format of each layer: the scheme's own, what `weight.assign` says, or what fits the budget best."""
+        if self.allocation.strategy is None:
+            return assigned_formats(model, linears, self.weight)
+        raise ConfigError("precision.allocation.strategy: this version stores all layers in weight.format")
 
     def _details(self, changes: list[Change], context: Context) -> dict[str, str]:
         if any(change.kernel == "int8_mm" for change in changes) and context.backend.vendor == "cpu":
@@ -121,7 +171,35 @@ class QuantizeLinears(Optimizer):
 
     def reference(self, original: nn.Module) -> nn.Module:
         assert isinstance(original, nn.Linear)
-        return FakeQuantLinear(original, self.weight, self.activation, self.dtype)
+        choice = self._chosen.get(original, _Choice(self.weight))
+        calibrated = None if choice.calibrated is None else (choice.calibrated.low, choice.calibrated.high)
+        return FakeQuantLinear(original, choice.weight, self.activation, self.dtype, calibrated)
+
+
+def assigned_formats(model: nn.Module, linears: Mapping[str, nn.Module], weight: WeightConfig) -> dict[str, str]:
+    """Format by layer: the first pattern of `weight.assign` that matches it, else `weight.format`.
+
+    A layer answers to its name and to the names that were merged into it. Raises NoEffectError for a pattern that matches
+    no layer, and ConfigError where patterns want different formats for layers that were merged into one."""
+    rules = [(pattern, name) for pattern, _, name in (text.rpartition("=") for text in weight.assign)]
+    used: set[str] = set()
+    found: dict[str, str] = {}
+    for layer, module in linears.items():
+        wanted: dict[str, str] = {}
+        for own in [layer, *getattr(module, "original_names", ())]:
+            for pattern, name in rules:
+                if fnmatchcase(own, pattern):
+                    used.add(pattern)
+                    wanted.setdefault(own, name)
+        if len(set(wanted.values())) > 1:
+            shown = ", ".join(f"{own}={name}" for own, name in wanted.items())
+            raise ConfigError(f"precision.weight.assign: {shown}, which were merged into {layer}; give them one format, or use fusion=none")
+        found[layer] = next(iter(wanted.values()), str(weight.format))
+    dead = [pattern for pattern, _ in rules if pattern not in used]
+    if dead:
+        shown = ", ".join(sorted(linears)[:3]) or "none"
+        raise NoEffectError(f"precision.weight.assign: {', '.join(map(repr, dead))} matches no layer that is quantized; such as: {shown}")
+    return found
 
 
 def shared_weights(model: nn.Module) -> dict[int, list[str]]:

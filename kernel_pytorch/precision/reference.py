@@ -28,11 +28,17 @@ def fake_quantize_weight(weight: torch.Tensor, config: WeightConfig) -> torch.Te
     return (weight / step).to(dtype).float() * step
 
 
-def fake_quantize_activation(x: torch.Tensor, config: ActivationConfig) -> torch.Tensor:
-    """x [..., K] rounded to what `config` can represent. Codes are chosen in float32, so float64 input gets the same ones."""
+def fake_quantize_activation(x: torch.Tensor, config: ActivationConfig, calibrated: tuple[float, float] | None = None) -> torch.Tensor:
+    """x [..., K] rounded to what `config` can represent. Codes are chosen in float32, so float64 input gets the same ones.
+
+    calibrated: the least and the largest input, when the mode is static."""
     if config.mode is ActivationMode.none or x.numel() == 0:
         return x
-    low, high = x.float().amin(-1, keepdim=True), x.float().amax(-1, keepdim=True)
+    if config.mode is ActivationMode.static:
+        assert calibrated is not None, "static activations need a calibrated range"
+        low, high = (torch.tensor(bound, device=x.device) for bound in calibrated)
+    else:
+        low, high = x.float().amin(-1, keepdim=True), x.float().amax(-1, keepdim=True)
     if config.granularity is ActivationGranularity.tensor:
         low, high = low.amin(), high.amax()
     largest = torch.maximum(-low, high)
@@ -44,7 +50,8 @@ def fake_quantize_activation(x: torch.Tensor, config: ActivationConfig) -> torch
         return code.to(x.dtype) * (span / 255).to(x.dtype)
     if config.format == "int8":
         largest = torch.clamp(largest, min=_TINY)
-        return torch.round(x.float() * (_INT8_LIMIT / largest)).to(x.dtype) * (largest / _INT8_LIMIT).to(x.dtype)
+        code = torch.clamp(torch.round(x.float() * (_INT8_LIMIT / largest)), -_INT8_LIMIT, _INT8_LIMIT)
+        return code.to(x.dtype) * (largest / _INT8_LIMIT).to(x.dtype)
     dtype = getattr(torch, str(config.format))
     limit = torch.finfo(dtype).max
     largest = torch.clamp(largest, min=_TINY)
@@ -54,9 +61,17 @@ def fake_quantize_activation(x: torch.Tensor, config: ActivationConfig) -> torch
 class FakeQuantLinear(nn.Module):
     """Computes in the dtype of its input, float64 included; bias as the original has it."""
 
-    def __init__(self, linear: nn.Linear, weight: WeightConfig, activation: ActivationConfig, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear,
+        weight: WeightConfig,
+        activation: ActivationConfig,
+        dtype: torch.dtype | None,
+        calibrated: tuple[float, float] | None = None,
+    ) -> None:
         super().__init__()
         self.activation = activation
+        self.calibrated = calibrated
         self.dtype = dtype
         self.quantizes_activations = activation.mode is not ActivationMode.none
         self.register_buffer("weight", fake_quantize_weight(linear.weight, weight))
@@ -67,6 +82,6 @@ class FakeQuantLinear(nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         # Exact arithmetic on exact input has no compute dtype to imitate.
         compute = input.dtype if self.dtype is None or input.dtype == torch.float64 else self.dtype
-        values = fake_quantize_activation(input.to(compute), self.activation)
+        values = fake_quantize_activation(input.to(compute), self.activation, self.calibrated)
         bias = None if self.bias is None else self.bias.to(compute)
         return F.linear(values, self.weight.to(compute), bias).to(input.dtype)

@@ -1,0 +1,97 @@
+"""Few rows on a GPU: our Triton kernel reads the packed bytes; more rows take the matrix unit's own road on the same bytes."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F
+
+from kernel_pytorch.kernels import skinny_w8a16
+from kernel_pytorch.precision.matmul.base import Matmul, Stored, as_bytes, quantize_input
+from kernel_pytorch.precision.matmul.int8 import int8_product
+from kernel_pytorch.precision.matmul.scaled_mm import scaled_product
+
+if TYPE_CHECKING:
+    from kernel_pytorch.precision.quantized_linear import QuantizedLinear
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class Skinny(Matmul):
+    """8-bit weights in the layout of `skinny_w8a16.pack`. The road is chosen by the number of rows, so a compiled model
+    has one graph a side of the crossover."""
+
+    def pack(self, layer: QuantizedLinear, stored: Stored, bias: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
+        codes = stored["weight"]
+        has_zero_points = layer.quantizes_activations and codes.dtype == torch.int8 and not layer.activation.symmetric
+        return {
+            "weight": skinny_w8a16.pack(codes),
+            "weight_scale": stored["weight_scale"].contiguous(),
+            "weight_sum": codes.sum(dim=1, dtype=torch.int32) if has_zero_points else None,
+            "bias": None if bias is None else bias.float(),
+        }
+
+    def unpack(self, layer: QuantizedLinear) -> Stored:
+        weight = skinny_w8a16.unpack(layer.weight, layer.in_features, skinny_w8a16.DTYPES[layer.format])
+        return {"weight": weight, "weight_scale": layer.weight_scale}
+
+    def run(self, layer: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, layer.in_features)
+        few = x.dtype in HALF and rows.shape[0] <= layer.max_skinny_rows
+        y = self._few(layer, rows) if few else self._many(layer, rows)
+        return y.reshape(*x.shape[:-1], layer.out_features)
+
+    @abstractmethod
+    def _few(self, layer: QuantizedLinear, rows: torch.Tensor) -> torch.Tensor: ...
+
+    @abstractmethod
+    def _many(self, layer: QuantizedLinear, rows: torch.Tensor) -> torch.Tensor: ...
+
+
+class SkinnyWeightOnly(Skinny):
+    name = "skinny_w8a16"
+
+    def _few(self, layer: QuantizedLinear, rows: torch.Tensor) -> torch.Tensor:
+        return skinny_w8a16.linear(rows, layer.weight, layer.weight_scale, layer.bias, format=layer.format)
+
+    def _many(self, layer: QuantizedLinear, rows: torch.Tensor) -> torch.Tensor:
+        weight = layer.weight.view(skinny_w8a16.DTYPES[layer.format])
+        columns = skinny_w8a16.permute_columns(rows)
+        if rows.dtype == torch.float16:
+            # float16 ends at 65504: a product with codes up to 448 passes it before the scale brings it back.
+            scaled = (weight.float() * layer.weight_scale[:, None]).to(rows.dtype)
+            return F.linear(columns, scaled, None if layer.bias is None else layer.bias.to(rows.dtype))
+        y = F.linear(columns, weight.to(rows.dtype)) * layer.weight_scale.to(rows.dtype)
+        return y if layer.bias is None else y + layer.bias.to(rows.dtype)
+
+
+class SkinnyQuantized(Skinny):
+    """Activations are quantized too. Their codes, and code minus zero point, are integers of at most 8 bits or FP8 values:
+    exact in 16 bits, so few rows take the same kernel with the row scales on its float32 sums."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def _few(self, layer: QuantizedLinear, rows: torch.Tensor) -> torch.Tensor:
+        codes, scale, offset = quantize_input(layer, rows)
+        values = codes.to(rows.dtype)
+        if offset is not None:
+            values = values - offset.to(rows.dtype)
+        row_scale = scale.reshape(-1).contiguous()
+        return skinny_w8a16.linear(values, layer.weight, layer.weight_scale, layer.bias, format=layer.format, row_scale=row_scale)
+
+    def _many(self, layer: QuantizedLinear, rows: torch.Tensor) -> torch.Tensor:
+        codes, scale, offset = quantize_input(layer, rows)
+        weight = layer.weight.view(codes.dtype)
+        columns = skinny_w8a16.permute_columns(as_bytes(codes)).contiguous()
+        if codes.dtype != torch.int8:
+            y = scaled_product(columns.view(codes.dtype), scale, weight, layer.weight_scale, layer.out_features)
+            return (y if layer.bias is None else y + layer.bias.to(y.dtype)).to(rows.dtype)
+        y = int8_product(columns, weight, layer.out_features)
+        if offset is not None:
+            assert layer.weight_sum is not None
+            y = y - offset * layer.weight_sum
+        y = y * (scale * layer.weight_scale)
+        return (y if layer.bias is None else y + layer.bias).to(rows.dtype)
