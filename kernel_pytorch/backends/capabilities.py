@@ -1,4 +1,4 @@
-"""What hardware can do, as data: the least NVIDIA compute capability, or the CPU flags, that each feature needs.
+"""What hardware can do, as data: by NVIDIA compute capability, by AMD architecture, by CPU flag, with who says so.
 
 Answers are None when the architecture is unknown: never a guess.
 """
@@ -24,12 +24,62 @@ NVIDIA: dict[str, Capability] = {
         Capability("fp16_matmul", 70, "CUDA C++ Programming Guide, tensor cores by compute capability"),
         Capability("bf16_matmul", 80, "CUDA C++ Programming Guide, tensor cores by compute capability"),
         Capability("tf32_matmul", 80, "CUDA C++ Programming Guide, tensor cores by compute capability"),
-        Capability("int8_matmul", 75, "NVIDIA Turing whitepaper: INT8 tensor cores"),
-        Capability("fp8_matmul", 89, "torch._scaled_mm: compute capability 8.9 or 9.0 and newer"),
         Capability("flash_sdpa", 80, "PyTorch sdp_utils.cpp, check_sm_version of flash attention"),
         Capability("efficient_sdpa", 50, "PyTorch sdp_utils.cpp, check_sm_version of memory-efficient attention"),
         Capability("cudnn_sdpa", 80, "PyTorch sdp_utils.cpp, check_cudnn_hardware_support"),
         Capability("triton", 70, "PyTorch torch.utils._triton: compute capability 7.0 or newer"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class AmdArch:
+    """features: names of NVIDIA's table that this architecture has under torch 2.9 and newer. source: who says so."""
+
+    features: frozenset[str]
+    source: str
+
+
+_ATTENTION = "torch.testing._internal.common_cuda of 2.13: evaluate_platform_supports_flash_attention"
+_MATMUL = frozenset({"fp16_matmul", "bf16_matmul", "triton"})
+_SDPA = _MATMUL | {"flash_sdpa", "efficient_sdpa"}
+# An architecture that is not here is unknown: AMD's numbers are no order of features.
+AMD: dict[str, AmdArch] = {
+    "gfx90a": AmdArch(_SDPA, f"CDNA2 instruction set, MFMA; {_ATTENTION}"),
+    "gfx942": AmdArch(_SDPA, f"CDNA3 instruction set, MFMA; {_ATTENTION}"),
+    "gfx950": AmdArch(_SDPA, f"CDNA4 instruction set, MFMA; {_ATTENTION}"),
+    "gfx1100": AmdArch(_SDPA, f"RDNA3 instruction set, WMMA; {_ATTENTION}"),
+    "gfx1201": AmdArch(_SDPA, f"RDNA4 instruction set, WMMA; {_ATTENTION}"),
+    # Attention kernels are experimental on these three: off without an environment variable.
+    "gfx1101": AmdArch(_MATMUL, f"RDNA3 instruction set, WMMA; {_ATTENTION}"),
+    "gfx1151": AmdArch(_MATMUL, f"RDNA3.5 instruction set, WMMA; {_ATTENTION}"),
+    "gfx1200": AmdArch(_MATMUL, f"RDNA4 instruction set, WMMA; {_ATTENTION}"),
+}
+
+
+@dataclass(frozen=True)
+class MatmulFormat:
+    """A number format of which torch multiplies two matrices on the matrix unit. min_sm: least compute capability, None
+    where no NVIDIA GPU does. amd: architectures. source: who says so."""
+
+    format: str
+    min_sm: int | None
+    amd: tuple[str, ...]
+    source: str
+
+
+_SCALED_MM = "PyTorch ScaledBlas.cpp"
+# float8_e5m2 is missing: cuBLASLt multiplies it with e4m3 only, and torch on ROCm takes scales of rows for e4m3 only.
+# So are the MX formats of 6 bits, which torch multiplies nowhere. mxfp4 on NVIDIA needs a build with MSLK, which releases are not.
+MATMUL_FORMATS: dict[str, MatmulFormat] = {
+    m.format: m
+    for m in (
+        MatmulFormat("int8", 80, tuple(AMD), "torch._int_mm: cuBLASLt from sm_80, hipBLASLt; MFMA and WMMA i8 of each instruction set"),
+        MatmulFormat("float8_e4m3fn", 89, ("gfx950", "gfx1200", "gfx1201"), f"{_SCALED_MM}, _scaled_mm_allowed_device and its row scales"),
+        MatmulFormat("float8_e4m3fnuz", None, ("gfx942",), f"{_SCALED_MM}, _scaled_mm_is_fnuz"),
+        MatmulFormat("mxfp8_e4m3fn", 100, ("gfx950",), "torch.testing._internal.common_cuda of 2.13: evaluate_platform_supports_mx_gemm"),
+        MatmulFormat("mxfp4", None, ("gfx950",), f"{_SCALED_MM}, blocks of 32 with ROCm 7.0 or newer"),
+        MatmulFormat("nvfp4", 100, (), f"{_SCALED_MM}, blocks of 16 with float8_e4m3fn scales"),
     )
 }
 
@@ -55,6 +105,37 @@ def nvidia_has(arch: str | None, feature: str) -> bool | None:
     number = sm_number(arch)
     needed = NVIDIA[feature].min_sm
     return None if number is None else number >= needed
+
+
+def has(arch: str | None, feature: str) -> bool | None:
+    """Whether a GPU's architecture, of either vendor, has `feature`; None when it is unknown. KeyError for an unknown feature."""
+    if arch in AMD and feature in NVIDIA:
+        return feature in AMD[arch].features
+    return nvidia_has(arch, feature)
+
+
+def matmul_formats(arch: str | None) -> tuple[str, ...] | None:
+    """Number formats of which torch multiplies two matrices on a GPU's matrix unit; None when the architecture is unknown."""
+    number = sm_number(arch)
+    if number is None and arch not in AMD:
+        return None
+    return tuple(
+        name for name, row in MATMUL_FORMATS.items() if arch in row.amd or (number is not None and number >= (row.min_sm or number + 1))
+    )
+
+
+def multiplies_float8(arch: str | None) -> bool | None:
+    """Whether the matrix unit multiplies 8-bit floats with a scale a row; None when the architecture is unknown."""
+    formats = matmul_formats(arch)
+    return None if formats is None else any(name.startswith("float8") for name in formats)
+
+
+def matmul_needs(format: str) -> str:
+    """`sm_89 or newer, or gfx950, gfx1200, gfx1201`: where torch multiplies two matrices of a format; empty when nowhere."""
+    row = MATMUL_FORMATS.get(format)
+    if row is None:
+        return ""
+    return ", or ".join(filter(None, ("" if row.min_sm is None else f"sm_{row.min_sm} or newer", ", ".join(row.amd))))
 
 
 def cpu_has(isa: Collection[str], feature: str) -> bool:

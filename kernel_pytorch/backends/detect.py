@@ -14,6 +14,7 @@ from kernel_pytorch.targets import TARGETS
 # By vendor, best first: with hardware `any`, the first that the machine has is taken.
 BACKENDS: dict[str, str] = {
     "nvidia": "kernel_pytorch.backends.nvidia.NvidiaBackend",
+    "amd": "kernel_pytorch.backends.amd.AmdBackend",
     "cpu": "kernel_pytorch.backends.cpu.CpuBackend",
 }
 

@@ -70,7 +70,7 @@ def _device(backend: Backend) -> list[Row]:
     else:
         has = [name for name in capabilities.NVIDIA if capabilities.nvidia_has(facts.arch, name)]
         rows.append(Row("nvidia features", " ".join(has) or "none", facts.arch or ""))
-        rows.append(Row("nvidia driver", facts.details["driver"] or "unknown", f"torch is built for CUDA {facts.details['cuda']}"))
+        rows.append(Row("nvidia driver", facts.details["driver"] or "unknown", f"torch is built for {facts.details['runtime']}"))
     return rows
 
 

@@ -104,7 +104,8 @@ def _resolve_for(model: nn.Module, config: BackendConfig) -> tuple[Backend, Reso
     if len(devices) > 1:
         raise UnsupportedOperationError(f"the model is spread over {', '.join(sorted(map(str, devices)))}; put it on one device")
     kind = devices.pop().type
-    vendor = {"cuda": "nvidia"}.get(kind, kind)
+    # torch calls AMD's GPUs cuda, too.
+    vendor = {"cuda": "amd" if torch.version.hip else "nvidia"}.get(kind, kind)
     if vendor not in BACKENDS:
         raise UnsupportedOperationError(f"the model is on {kind}; supported are models on cpu and cuda")
     backend = make(vendor, config)

@@ -13,11 +13,12 @@ from kernel_pytorch.backends.doctor import diagnose
 from kernel_pytorch.backends.nvidia import NvidiaBackend
 from kernel_pytorch.devices import DEVICES
 from kernel_pytorch.errors import BackendError, ConfigError
+from kernel_pytorch.formats import FORMATS
 from kernel_pytorch.optimizer import Level, Support
 from kernel_pytorch.schema import BackendConfig, OnMismatch
 from kernel_pytorch.targets import TARGETS
 
-CPU, NVIDIA = BACKENDS["cpu"], BACKENDS["nvidia"]
+CPU, NVIDIA, AMD = BACKENDS["cpu"], BACKENDS["nvidia"], BACKENDS["amd"]
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 
 
@@ -37,6 +38,9 @@ def test_every_vendor_has_an_allowed_target() -> None:
         (NVIDIA, "any", False),
         (NVIDIA, "h100", False),
         (NVIDIA, "cpu", False),
+        (None, "mi300x", False),
+        (AMD, "any", False),
+        (AMD, "mi300x", False),
     ],
 )
 def test_a_machine_without_a_gpu_runs_everything_on_its_cpu(target: str | None, hardware: str, native: bool) -> None:
@@ -65,7 +69,10 @@ def test_an_h100_recipe_matches_an_h200() -> None:
     assert matches(BackendConfig(hardware="h100"), backend) == (True, "hardware h100: h200 (sm_90)")
 
 
-@pytest.mark.parametrize(("device", "fp8", "memory"), [("a100", False, 80 * 2**30), ("h200", True, 141 * 10**9)])
+@pytest.mark.parametrize(
+    ("device", "fp8", "memory"),
+    [("a100", False, 80 * 2**30), ("h200", True, 141 * 10**9), ("mi300x", True, 192 * 2**30), ("mi250x", False, 64 * 2**30)],
+)
 def test_a_planned_device_has_the_facts_of_its_row(device: str, fp8: bool, memory: int) -> None:
     backend = plan_backend(device, BackendConfig())
     facts = backend.facts
@@ -96,23 +103,75 @@ def test_a_backend_refuses_another_vendors_row() -> None:
 @pytest.mark.parametrize(
     ("arch", "feature", "answer"),
     [
-        ("sm_80", "fp8_matmul", False),
-        ("sm_89", "fp8_matmul", True),
-        ("sm_100a", "fp8_matmul", True),
         ("sm_75", "bf16_matmul", False),
-        ("sm_75", "int8_matmul", True),
-        ("gfx942", "fp8_matmul", None),
+        ("sm_80", "bf16_matmul", True),
+        ("sm_100a", "flash_sdpa", True),
+        ("gfx942", "bf16_matmul", True),
+        ("gfx942", "cudnn_sdpa", False),
+        ("gfx1200", "flash_sdpa", False),
+        ("gfx906", "bf16_matmul", None),
         (None, "triton", None),
     ],
 )
 def test_capabilities(arch: str | None, feature: str, answer: bool | None) -> None:
-    assert capabilities.nvidia_has(arch, feature) is answer
+    assert capabilities.has(arch, feature) is answer
 
 
-def test_capabilities_agree_with_the_device_table() -> None:
-    for device in DEVICES.values():
-        if device.vendor == "nvidia":
-            assert capabilities.nvidia_has(device.arch, "fp8_matmul") is device.fp8_matmul
+def test_an_unknown_feature_is_a_mistake_on_both_vendors() -> None:
+    for arch in ("sm_90", "gfx942"):
+        with pytest.raises(KeyError):
+            capabilities.has(arch, "fp7_matmul")
+
+
+@pytest.mark.parametrize(
+    ("arch", "formats"),
+    [
+        ("sm_75", ()),
+        ("sm_80", ("int8",)),
+        ("sm_89", ("int8", "float8_e4m3fn")),
+        ("sm_90", ("int8", "float8_e4m3fn")),
+        ("sm_100", ("int8", "float8_e4m3fn", "mxfp8_e4m3fn", "nvfp4")),
+        ("sm_103", ("int8", "float8_e4m3fn", "mxfp8_e4m3fn", "nvfp4")),
+        ("sm_120", ("int8", "float8_e4m3fn", "mxfp8_e4m3fn", "nvfp4")),
+        ("gfx90a", ("int8",)),
+        ("gfx942", ("int8", "float8_e4m3fnuz")),
+        ("gfx950", ("int8", "float8_e4m3fn", "mxfp8_e4m3fn", "mxfp4")),
+        ("gfx1100", ("int8",)),
+        ("gfx1201", ("int8", "float8_e4m3fn")),
+        ("gfx906", None),
+        (None, None),
+    ],
+)
+def test_formats_that_a_matrix_unit_multiplies(arch: str | None, formats: tuple[str, ...] | None) -> None:
+    assert capabilities.matmul_formats(arch) == formats
+    expected = None if formats is None else any(name.startswith("float8") for name in formats)
+    assert capabilities.multiplies_float8(arch) is expected
+
+
+@pytest.mark.parametrize(
+    ("format", "where"),
+    [
+        ("float8_e4m3fn", "sm_89 or newer, or gfx950, gfx1200, gfx1201"),
+        ("float8_e4m3fnuz", "gfx942"),
+        ("nvfp4", "sm_100 or newer"),
+        ("float8_e5m2", ""),
+    ],
+)
+def test_a_message_says_where_a_format_is_multiplied(format: str, where: str) -> None:
+    assert capabilities.matmul_needs(format) == where
+
+
+def test_every_planned_gpu_has_answers() -> None:
+    gpus = [device for device in DEVICES.values() if device.vendor != "cpu"]
+    assert {device.vendor for device in gpus} == {"nvidia", "amd"}
+    for device in gpus:
+        assert capabilities.matmul_formats(device.arch) is not None, device.name
+        assert capabilities.has(device.arch, "triton") is True, device.name
+        assert None not in (device.memory_bytes, device.bandwidth_bytes_per_s), device.name
+
+
+def test_every_multiplied_format_is_a_known_one() -> None:
+    assert set(capabilities.MATMUL_FORMATS) <= set(FORMATS)
 
 
 def test_doctor_shows_the_machine_and_the_answers_it_is_given() -> None:
