@@ -117,7 +117,7 @@ class Workload(ABC):
         """Runs one small held-out call (for hooks that watch modules work) and returns the raw output."""
 
     def calibrate(self, model: nn.Module, num_calls: int) -> None:
-        """Runs `model` on calibration inputs, which verification and timing never see."""
+        """Runs `model` on up to `num_calls` calibration inputs, which verification and timing never see."""
         for _ in range(num_calls):
             self.probe(model)
 

@@ -21,13 +21,14 @@ Inputs = tuple[Sequence[Any], Mapping[str, Any]]
 
 class CallWorkload(Workload):
     """Calls `model(*args, **kwargs)`. held_out: further (args, kwargs) to verify on; without any, the caller's own input
-    verifies too, with as many rows as it has."""
+    verifies too, with as many rows as it has. calibration: further ones to calibrate on; without any, the caller's own."""
 
     def __init__(
         self,
         args: Sequence[Any],
         kwargs: Mapping[str, Any] | None = None,
         held_out: Sequence[Inputs] | None = None,
+        calibration: Sequence[Inputs] | None = None,
         *,
         phase: str = "forward",
     ) -> None:
@@ -37,6 +38,7 @@ class CallWorkload(Workload):
         self._originals = [tensor.clone() for tensor in all_tensors(self._timed)]
         self._held_out: list[Inputs] = [(tuple(more), dict(named)) for more, named in held_out or [caller]]
         self.has_held_out = bool(held_out)
+        self._calibration: list[Inputs] = [(tuple(more), dict(named)) for more, named in calibration or [caller]]
         first = next(all_tensors(self._timed), None)
         self.batch = first.shape[0] if first is not None and first.dim() else 1
 
@@ -64,6 +66,12 @@ class CallWorkload(Workload):
     def probe(self, model: nn.Module) -> Any:
         args, kwargs = _own(self._held_out[0])
         return model(*args, **kwargs)
+
+    def calibrate(self, model: nn.Module, num_calls: int) -> None:
+        """As many of the calibration inputs as there are, up to `num_calls`: a call twice shows nothing new."""
+        for inputs in self._calibration[:num_calls]:
+            args, kwargs = _own(inputs)
+            model(*args, **kwargs)
 
 
 def _own(inputs: Inputs) -> Inputs:
