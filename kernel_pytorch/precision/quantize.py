@@ -179,18 +179,18 @@ class QuantizeLinears(Optimizer):
 def assigned_formats(model: nn.Module, linears: Mapping[str, nn.Module], weight: WeightConfig) -> dict[str, str]:
     """Format by layer: the first pattern of `weight.assign` that matches it, else `weight.format`.
 
-    A layer answers to its name and to the names that were merged into it. Raises NoEffectError for a pattern that matches
-    no layer, and ConfigError where patterns want different formats for layers that were merged into one."""
+    A layer answers to its name and to the names that were merged into it. Raises NoEffectError for a pattern that decides
+    for no layer, and ConfigError where patterns want different formats for layers that were merged into one."""
     rules = [(pattern, name) for pattern, _, name in (text.rpartition("=") for text in weight.assign)]
     used: set[str] = set()
     found: dict[str, str] = {}
     for layer, module in linears.items():
         wanted: dict[str, str] = {}
         for own in [layer, *getattr(module, "original_names", ())]:
-            for pattern, name in rules:
-                if fnmatchcase(own, pattern):
-                    used.add(pattern)
-                    wanted.setdefault(own, name)
+            rule = next((rule for rule in rules if fnmatchcase(own, rule[0])), None)
+            if rule is not None:
+                used.add(rule[0])
+                wanted[own] = rule[1]
         if len(set(wanted.values())) > 1:
             shown = ", ".join(f"{own}={name}" for own, name in wanted.items())
             raise ConfigError(f"precision.weight.assign: {shown}, which were merged into {layer}; give them one format, or use fusion=none")
@@ -198,7 +198,10 @@ def assigned_formats(model: nn.Module, linears: Mapping[str, nn.Module], weight:
     dead = [pattern for pattern, _ in rules if pattern not in used]
     if dead:
         shown = ", ".join(sorted(linears)[:3]) or "none"
-        raise NoEffectError(f"precision.weight.assign: {', '.join(map(repr, dead))} matches no layer that is quantized; such as: {shown}")
+        raise NoEffectError(
+            f"precision.weight.assign: {', '.join(map(repr, dead))} decides for no layer: none matches, or an earlier pattern does;"
+            f" layers are, for example, {shown}"
+        )
     return found
 
 
