@@ -1,0 +1,82 @@
+"""Where a scheme of quantized linears runs as itself: what each backend answers, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kernel_pytorch.backends.base import Backend, Facts
+from kernel_pytorch.backends.capabilities import cpu_has, has, matmul_formats, matmul_needs
+from kernel_pytorch.optimizer import Level, Support
+from kernel_pytorch.schema import ActivationConfig, ActivationMode
+
+# Weight formats whose bytes our Triton kernels unpack for few rows; torch expands the others in every call.
+UNPACKED = ("int8", "float8_e4m3fn", "int4", "nvfp4", "mxfp4")
+# Formats of which `matmul/` multiplies weights with activations.
+MULTIPLIED = ("int8", "float8_e4m3fn", "float8_e4m3fnuz")
+_WEIGHT_ONLY = {"int8": "int8_weight_only", "float8": "fp8_weight_only", "nvfp4": "nvfp4"}
+
+
+def linear_support(formats: Sequence[str], activation: ActivationConfig, dtype: torch.dtype | None, backend: Backend) -> Support:
+    """formats: number formats that weights may be stored in, the scheme's own first. dtype: computed in; None is the model's."""
+    if backend.vendor == "cpu":
+        return _on_cpu(formats, activation, backend.facts)
+    facts = backend.facts
+    if has(facts.arch, "bf16_matmul") is None:
+        return Support(Level.emulated, f"what {_shown(facts)} can do is not known here: plain-torch reference")
+    # bfloat16 does not compile below sm_80, and nothing was tried there in float16.
+    if not has(facts.arch, "bf16_matmul"):
+        return Support(Level.emulated, f"kernels for quantized weights need sm_80 or newer, this is {_shown(facts)}")
+    answer = _weight_only(formats, dtype) if activation.mode is ActivationMode.none else _multiplied(str(activation.format), facts)
+    if answer.level is Level.native and backend.vendor == "amd":
+        reasons = (answer.reason, f"compiled for {facts.arch}, not yet run on AMD hardware")
+        return Support(Level.native, "; ".join(filter(None, reasons)))
+    return answer
+
+
+def _on_cpu(formats: Sequence[str], activation: ActivationConfig, facts: Facts) -> Support:
+    foreign = [name for name in formats if name != "int8"]
+    if foreign:
+        return Support(Level.emulated, f"{facts.name} has no {foreign[0]} matmul: plain-torch reference")
+    if activation.mode is ActivationMode.none:
+        return Support(Level.native, "int8 storage; the matmul converts weights at each call, so memory shrinks and speed does not")
+    if cpu_has(facts.isa, "int8_matmul"):
+        return Support(Level.native)
+    return Support(Level.native, f"slowdown: {facts.name} has no int8 dot product (avx512_vnni, avx_vnni, amx_int8)")
+
+
+def _weight_only(formats: Sequence[str], dtype: torch.dtype | None) -> Support:
+    math = "the input's dtype" if dtype is None else str(dtype).removeprefix("torch.")
+    text = f"{', '.join(formats)} storage, {math} math"
+    expanded = [name for name in formats if name not in UNPACKED]
+    if expanded:
+        text += f"; slowdown: no kernel reads {', '.join(expanded)}, whose weights are expanded at every call"
+    return Support(Level.native, text)
+
+
+def _multiplied(format: str, facts: Facts) -> Support:
+    """Weights and activations of one format."""
+    known = matmul_formats(facts.arch) or ()
+    if format in known and format in MULTIPLIED:
+        return Support(Level.native)
+    if format in known:
+        return Support(Level.emulated, f"{_shown(facts)} multiplies {format}, but no kernel here does yet: plain-torch reference")
+    where = matmul_needs(format)
+    if not where:
+        return Support(Level.emulated, f"torch multiplies no two {format} matrices on any GPU: plain-torch reference")
+    return Support(Level.emulated, f"{format} matmul needs {where}, this is {_shown(facts)}; {_instead(format, known)}")
+
+
+def _instead(format: str, known: Sequence[str]) -> str:
+    """A scheme near the one asked for that runs as itself."""
+    kind = "float8" if format.startswith("float8") else format
+    other = next((name for name in known if kind == "float8" and name.startswith("float8")), None)
+    if other is not None:
+        return f"its own is {other}: set precision.weight.format and precision.activation.format to it"
+    option = _WEIGHT_ONLY.get(kind)
+    return "use weights alone: precision.activation.mode=none" if option is None else f"use precision={option}"
+
+
+def _shown(facts: Facts) -> str:
+    return f"{facts.name} ({facts.arch or 'architecture unknown'})"
