@@ -143,6 +143,7 @@ def cpu_has(isa: Collection[str], feature: str) -> bool:
     return any(flag in isa for flag in CPU[feature])
 
 
-def needs(feature: str) -> str:
-    """`sm_89 or newer`: what a message says that a feature needs on NVIDIA hardware."""
-    return f"sm_{NVIDIA[feature].min_sm} or newer"
+def needs(feature: str, arch: str | None = None) -> str:
+    """`sm_80 or newer`: what a message says that a feature needs; for an AMD architecture, AMD's that have it."""
+    amd = [name for name, row in AMD.items() if feature in row.features] if arch is not None and arch.startswith("gfx") else []
+    return ", ".join(amd) or f"sm_{NVIDIA[feature].min_sm} or newer"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kernel_pytorch.backends import capabilities, host
+from kernel_pytorch.backends.amd import AmdBackend
 from kernel_pytorch.backends.bandwidth import matmul_rates, read_bandwidth
 from kernel_pytorch.backends.base import Backend, Facts
 from kernel_pytorch.backends.cpu import CpuBackend
@@ -38,16 +39,14 @@ def diagnose(measure: bool = False, options: Iterable[tuple[str, Support]] = ())
 
     measure: also times memory and matmuls, which takes seconds. options: (`precision=int8_dynamic`, the step's own answer
     for this machine) pairs; this layer does not know the steps."""
-    backends: list[Backend] = [CpuBackend(hardware="any", on_mismatch=OnMismatch.error)]
-    gpu = NvidiaBackend(hardware="any", on_mismatch=OnMismatch.error)
-    if gpu.available():
-        backends.append(gpu)
+    candidates = [vendor(hardware="any", on_mismatch=OnMismatch.error) for vendor in (CpuBackend, NvidiaBackend, AmdBackend)]
+    backends: list[Backend] = [backend for backend in candidates if backend.available()]
     rows = [Row("python", platform.python_version(), platform.platform()), Row("torch", torch.__version__)]
     rows += [_package(name) for name in _PACKAGES]
     for backend in backends:
         rows += _device(backend)
-    if not gpu.available():
-        rows.append(Row("nvidia", "none", "torch is built for ROCm" if torch.version.hip else "torch.cuda finds no device"))
+    if len(backends) == 1:
+        rows.append(Row("gpu", "none", "torch.cuda finds no device"))
     rows += [Row(name, support.level.value, support.reason) for name, support in options]
     if measure:
         for backend in backends:
@@ -68,9 +67,17 @@ def _device(backend: Backend) -> list[Row]:
     if backend.vendor == "cpu":
         rows += _cpu_rows(facts)
     else:
-        has = [name for name in capabilities.NVIDIA if capabilities.nvidia_has(facts.arch, name)]
-        rows.append(Row("nvidia features", " ".join(has) or "none", facts.arch or ""))
-        rows.append(Row("nvidia driver", facts.details["driver"] or "unknown", f"torch is built for {facts.details['runtime']}"))
+        has = [name for name in capabilities.NVIDIA if capabilities.has(facts.arch, name)]
+        formats = capabilities.matmul_formats(facts.arch)
+        rows.append(Row(f"{backend.vendor} features", " ".join(has) or "none", facts.arch or ""))
+        rows.append(
+            Row(
+                f"{backend.vendor} matmul",
+                "unknown" if formats is None else " ".join(formats) or "no narrow format",
+                "beside fp16 and bf16",
+            )
+        )
+        rows.append(Row(f"{backend.vendor} driver", facts.details["driver"] or "unknown", f"torch is built for {facts.details['runtime']}"))
     return rows
 
 

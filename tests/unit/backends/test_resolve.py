@@ -161,6 +161,12 @@ def test_a_message_says_where_a_format_is_multiplied(format: str, where: str) ->
     assert capabilities.matmul_needs(format) == where
 
 
+def test_a_message_says_where_a_feature_is() -> None:
+    assert capabilities.needs("flash_sdpa") == capabilities.needs("flash_sdpa", "sm_75") == "sm_80 or newer"
+    assert capabilities.needs("flash_sdpa", "gfx1200") == "gfx90a, gfx942, gfx950, gfx1100, gfx1201"
+    assert capabilities.needs("cudnn_sdpa", "gfx942") == "sm_80 or newer"
+
+
 def test_every_planned_gpu_has_answers() -> None:
     gpus = [device for device in DEVICES.values() if device.vendor != "cpu"]
     assert {device.vendor for device in gpus} == {"nvidia", "amd"}
