@@ -23,9 +23,7 @@ def quantize(values: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch
     filled = torch.cat((values, values[:, -1:].expand(n, pad)), dim=1) if pad else values
     groups = filled.view(n, -1, group_size)
     low, high = groups.amin(dim=2), groups.amax(dim=2)
-    # Halved, because the width of a group may pass float32's largest value.
-    step = (high * 0.5 - low * 0.5) / 7.5
-    zero = ((low * 0.5 + step * 4) * 2).bfloat16()
+    zero = (low + (high - low) / 15 * 8).bfloat16()
     # Rounding moves the zero, far where a group lies away from 0: the step grows until both ends are within reach again.
     reach = torch.maximum((high - zero.float()) / 7, (zero.float() - low) / 8)
     scale = reach.clamp_min(TINY).bfloat16()

@@ -9,23 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kernel_pytorch.schema import ActivationConfig, ActivationGranularity, ActivationMode, WeightConfig, WeightGranularity
+from kernel_pytorch.precision.reference_weights import fake_quantize_weight
+from kernel_pytorch.schema import ActivationConfig, ActivationGranularity, ActivationMode, WeightConfig
 
 _INT8_LIMIT = 127
 _TINY = 1e-30
-
-
-def fake_quantize_weight(weight: torch.Tensor, config: WeightConfig) -> torch.Tensor:
-    """The values that `config` can store for a [N, K] weight, in float32."""
-    weight = weight.detach().float()
-    dims = (1,) if config.granularity is WeightGranularity.channel else (0, 1)
-    largest = torch.amax(torch.abs(weight), dims, keepdim=True)
-    if config.format == "int8":
-        step = torch.clamp(largest, min=_TINY) / _INT8_LIMIT
-        return torch.round(weight / step) * step
-    dtype = getattr(torch, str(config.format))
-    step = torch.clamp(largest, min=_TINY) / torch.finfo(dtype).max
-    return (weight / step).to(dtype).float() * step
 
 
 def fake_quantize_activation(x: torch.Tensor, config: ActivationConfig, calibrated: tuple[float, float] | None = None) -> torch.Tensor:
