@@ -9,14 +9,13 @@ N out features, K in features, M rows, S slices of K that warps of one program s
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from kernel_pytorch.kernels import skinny_w8a16_jit as jit
+from kernel_pytorch.kernels import tables
 
 # (M, N, K) that tests and the benchmark share: Llama-3-8B's decode linears, then widths that no tile divides, one row, no rows.
 LLAMA = tuple((n, k) for n, k in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)))
@@ -38,7 +37,8 @@ _sum_splits: Any = jit.sum_splits
 class Config:
     """block_n: rows of the weight a program computes. block_k: values of K a step takes, per slice. slices: warps of a program
     that share K; 0 for the kernel without the matrix unit, one row of x only. split: programs that share K.
-    overlap: when the kernel after this one may start, "none", "late" or "early" (programmatic dependent launch)."""
+    overlap: when the kernel after this one may start, "none", "late" or "early" (programmatic dependent launch).
+    ahead: lines of 128 bytes of each weight row that "early" asks L2 for while the kernel before still runs."""
 
     block_n: int
     block_k: int
@@ -47,6 +47,7 @@ class Config:
     num_warps: int
     num_stages: int
     overlap: str = "none"
+    ahead: int = 2
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
@@ -92,11 +93,7 @@ def reference(
 @functools.cache
 def tuned(gpu: str) -> dict[tuple[int, int, int], Config]:
     """(N, K, M) -> Config that measurement chose on that GPU, by `torch.cuda.get_device_name`; empty where nobody measured."""
-    path = Path(__file__).with_name("tuned") / f"skinny_w8a16.{gpu.replace(' ', '_')}.json"
-    if not path.is_file():
-        return {}
-    rows = json.loads(path.read_text())["configs"]
-    return {(row["n"], row["k"], row["m"]): Config(**row["config"]) for row in rows}
+    return {key: Config(**config) for key, config in tables.load("skinny_w8a16", gpu)["configs"].items()}
 
 
 def block_m(m: int) -> int:
@@ -117,7 +114,10 @@ class Device:
 
 
 @functools.cache
-def device(index: int) -> Device:
+def device(index: int | None) -> Device:
+    """The facts of that CUDA device; None where Triton's interpreter runs the kernels."""
+    if index is None:
+        return Device("cpu", 1, 65536, False, False)
     facts = torch.cuda.get_device_properties(index)
     cuda, arch = torch.version.hip is None, (facts.major, facts.minor)
     shared = getattr(facts, "shared_memory_per_block_optin", 65536)
@@ -125,10 +125,11 @@ def device(index: int) -> Device:
 
 
 def choose(m: int, n: int, k: int, on: Device) -> Config:
-    """The measured configuration for this layer on this GPU at the next M that was measured, else a rule drawn from the H200's."""
+    """The measured configuration for this layer on this GPU at the next M that was measured, the last one above it, else a rule
+    drawn from the H200's."""
     table = tuned(on.name)
     for rows in ROWS:
-        if m <= rows and (n, k, rows) in table:
+        if min(m, MAX_ROWS) <= rows and (n, k, rows) in table:
             return table[n, k, rows]
     overlap = "late" if on.dependent_launch else "none"
     if m == 1 and on.convert_fp8:
@@ -158,7 +159,7 @@ def launch(
     cuda = x.is_cuda and torch.version.hip is None
     overlap = config.overlap if cuda and device(x.device.index).dependent_launch else "none"
     epilogue = {"HAS_BIAS": bias is not None, "HAS_ROW_SCALE": row_scale is not None}
-    common = {"FP8": fp8, "ASM": cuda, "EARLY": overlap == "early", "LATE": overlap == "late", **epilogue}
+    common = {"FP8": fp8, "ASM": cuda, "EARLY": overlap == "early", "LATE": overlap == "late", "AHEAD": config.ahead}
     extra = {} if overlap == "none" else {"launch_pdl": True}
     block = {"BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "num_warps": config.num_warps, "num_stages": config.num_stages}
     # A pointer that the kernel does not read.
@@ -166,7 +167,7 @@ def launch(
     if config.slices == 0 and m == 1:
         even = k == row_words * 4 and k % config.block_k == 0
         grid = (-(-n // config.block_n),)
-        _vector[grid](x, packed, *scales, out, n, k, row_words, EVEN=even, **common, **block, **extra)
+        _vector[grid](x, packed, *scales, out, n, k, row_words, EVEN=even, STAGES=config.num_stages, **common, **epilogue, **block, **extra)
         return out
     step = config.block_k * config.slices
     steps = -(-k // (config.split * step))
@@ -189,6 +190,7 @@ def launch(
         BLOCK_M=rows,
         SLICES=config.slices,
         **common,
+        **epilogue,
         **block,
         **extra,
     )
@@ -209,9 +211,7 @@ def _linear(
 ) -> torch.Tensor:
     k = x.shape[-1]
     flat = x.reshape(-1, k).contiguous()
-    # Without a GPU only Triton's interpreter runs this.
-    on = device(x.device.index) if x.is_cuda else Device("cpu", 1, 65536, False, False)
-    config = choose(flat.shape[0], packed.shape[0], k, on)
+    config = choose(flat.shape[0], packed.shape[0], k, device(x.device.index))
     with torch.cuda.device_of(x):
         y = launch(flat, packed, scale, bias, format == "float8_e4m3fn", config, row_scale=row_scale)
     return y.view(*x.shape[:-1], packed.shape[0])

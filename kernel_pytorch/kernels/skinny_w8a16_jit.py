@@ -95,7 +95,16 @@ def _load_x(pointers, rows_left, k, K, EVEN: tl.constexpr):
         return tl.load(pointers, mask=rows_left & (k < K), other=0.0)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
+def _ask_for(w_rows, first, row_words, AHEAD: tl.constexpr):
+    """Asks L2 for AHEAD lines of 128 bytes of each row, from word `first` on. Loads must wait for the kernel before, this need not."""
+    ahead = tl.minimum(first + tl.arange(0, AHEAD) * 32, row_words - 1)
+    lines = (w_rows[:, None] + ahead[None, :]).to(tl.int64)
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1)
+
+
+# Their values change with the shape, and a kernel compiled for each gains nothing.
+@triton.jit(do_not_specialize=["M", "steps"])
 def matrix(
     x_ptr,
     w_ptr,
@@ -120,6 +129,7 @@ def matrix(
     ASM: tl.constexpr,
     EARLY: tl.constexpr,
     LATE: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     split = tl.program_id(1)
     HALF: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
@@ -131,11 +141,9 @@ def matrix(
     x_rows = x_ptr + m.to(tl.int64) * K
     first = split * steps
     if EARLY:
-        # The kernel before may still run: it can have written x, so only L2 is asked for weights until the wait.
+        # The kernel before may still run: it can have written x or the weight, so until the wait only L2 is asked.
         tl.extra.cuda.gdc_launch_dependents()
-        ahead = tl.minimum(first * (BLOCK_K * SLICES // 4) + tl.arange(0, 2) * 32, row_words - 1)
-        lines = (w_rows[:, None] + ahead[None, :]).to(tl.int64)
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1)
+        _ask_for(w_rows, first * (BLOCK_K * SLICES // 4), row_words, AHEAD)
     if EARLY or LATE:
         tl.extra.cuda.gdc_wait()
     i = tl.arange(0, Q)
@@ -286,6 +294,8 @@ def vector(
     ASM: tl.constexpr,
     EARLY: tl.constexpr,
     LATE: tl.constexpr,
+    AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One row of x, without the matrix unit."""
     Q: tl.constexpr = BLOCK_K // 4
@@ -295,10 +305,12 @@ def vector(
     column = i // _W * _G + i % _W
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
+        _ask_for(rows, 0, row_words, AHEAD)
     if EARLY or LATE:
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros((BLOCK_N, Q), tl.float32)
-    for word in range(0, row_words, Q):
+    # Without a dot in the loop Triton prefetches only where the loop itself says so.
+    for word in tl.range(0, row_words, Q, num_stages=STAGES):
         at = word * 4 + column
         if EVEN:
             w = tl.load(rows[:, None] + (word + i)[None, :], eviction_policy="evict_first")

@@ -141,10 +141,11 @@ def compile_for(target: GPUTarget, m: int, config: op.Config, fmt: str, dtype: s
     }
     cuda = target.backend == "cuda"
     flags = {"FP8": fmt != "int8", "HAS_BIAS": True, "HAS_ROW_SCALE": True, "EVEN": True, "ASM": cuda}
-    flags |= {"BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+    flags |= {"BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "AHEAD": config.ahead}
     flags |= {"EARLY": config.overlap == "early", "LATE": config.overlap == "late"}
     if config.slices == 0:
         kernel, sizes = jit.vector, ("N", "K", "row_words")
+        flags |= {"STAGES": config.num_stages}
     else:
         kernel, sizes = jit.matrix, ("M", "N", "K", "row_words", "steps")
         flags |= {"PARTIAL": False, "BLOCK_M": m, "SLICES": config.slices}
