@@ -8,7 +8,7 @@ A class is abstract or final; everything around these two methods is the engine'
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -123,14 +123,26 @@ class Workload(ABC):
 
 
 @dataclass(frozen=True)
+class Portable:
+    """A replaced module in a form that is the same on every machine: what a file holds of it.
+
+    facts: what the recipe does not say, JSON types. tensors: by buffer name, in the number format's layout, not a kernel's."""
+
+    facts: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
 class Context:
     """What `apply` is given. backend: the machine the step runs on. workload: for steps that must watch the model work.
-    emulate: use plain-torch references, not kernels. deterministic seed for steps that sample."""
+    emulate: use plain-torch references, not kernels. deterministic seed for steps that sample. restored: modules of a saved
+    model by name, tensors on the model's device; None when nothing is being loaded."""
 
     backend: Backend
     workload: Workload
     emulate: bool = False
     seed: int = 0
+    restored: Mapping[str, Portable] | None = None
 
 
 class Optimizer(ABC):
@@ -150,6 +162,14 @@ class Optimizer(ABC):
         Written apart from the replacement's own code, so that a mistake there shows. The default says that the step
         changes how, not what: the original itself is the reference."""
         return original
+
+    def portable(self, model: nn.Module) -> dict[str, Portable]:
+        """Modules of `model`, by name, that `apply` made from weights that are gone: saving keeps them in this form.
+
+        A class that names any must build exactly those from `context.restored` when `apply` is given it, and neither read
+        the model's weights nor call the workload then. Raises ConfigError for a Portable that does not fit the model.
+        The default is for steps that a second `apply` repeats: the engine then fills in the saved tensors."""
+        return {}
 
 
 @dataclass(frozen=True)
