@@ -15,8 +15,9 @@ from kernel_pytorch.backends.base import Backend
 from kernel_pytorch.backends.capabilities import cpu_has, nvidia_has
 from kernel_pytorch.errors import ConfigError, NoEffectError
 from kernel_pytorch.kernels import int8_linear
-from kernel_pytorch.optimizer import Applied, Change, Context, Level, Optimizer, Skipped, Support, replace_module, select_modules
+from kernel_pytorch.optimizer import Applied, Change, Context, Level, Optimizer, Portable, Skipped, Support, replace_module, select_modules
 from kernel_pytorch.precision.calibration import observe_ranges
+from kernel_pytorch.precision.portable import from_portable, to_portable
 from kernel_pytorch.precision.quantized_linear import InputRange, QuantizedLinear
 from kernel_pytorch.precision.reference import FakeQuantLinear
 from kernel_pytorch.schema import KEEP, ActivationConfig, ActivationMode, AllocationConfig, WeightConfig
@@ -95,6 +96,8 @@ class QuantizeLinears(Optimizer):
         )
 
     def apply(self, model: nn.Module, context: Context) -> Applied:
+        if context.restored is not None:
+            return self._restore(model, context, context.restored)
         selection = select_modules(model, lambda _, module: isinstance(module, nn.Linear), self.include, self.exclude)
         skipped = list(selection.skipped)
         shared = shared_weights(model)
@@ -135,6 +138,28 @@ class QuantizeLinears(Optimizer):
         for change in changes:
             replace_module(model, change.name, change.replacement)
         return Applied(model, changes, skipped, details={**details, **self._details(changes, context)})
+
+    def portable(self, model: nn.Module) -> dict[str, Portable]:
+        return {name: to_portable(module) for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+    def _restore(self, model: nn.Module, context: Context, restored: Mapping[str, Portable]) -> Applied:
+        emulate = context.emulate or self.support(context.backend).level is not Level.native
+        changes: list[Change] = []
+        modules = dict(model.named_modules())
+        for name, saved in restored.items():
+            layer = from_portable(
+                name,
+                saved,
+                modules.get(name),
+                self.weight,
+                self.activation,
+                dtype=self.dtype,
+                emulate=emulate,
+                isa=context.backend.facts.isa,
+            )
+            changes.append(Change(name, modules[name], layer, layer.kernel))
+            replace_module(model, name, layer)
+        return Applied(model, changes, details=self._details(changes, context))
 
     def _formats(self, model: nn.Module, linears: dict[str, nn.Linear], context: Context, details: dict[str, Any]) -> dict[str, str]:
         """The format of each layer: the scheme's own, what `weight.assign` says, or what fits the budget best."""
