@@ -9,7 +9,7 @@ import torch
 from kernel_pytorch.backends.base import Backend, Facts
 from kernel_pytorch.backends.capabilities import cpu_has, has, matmul_formats, matmul_needs
 from kernel_pytorch.optimizer import Level, Support
-from kernel_pytorch.schema import ActivationConfig, ActivationMode
+from kernel_pytorch.schema import ActivationConfig, ActivationGranularity, ActivationMode
 
 # Weight formats whose bytes our Triton kernels unpack for few rows; torch expands the others in every call.
 UNPACKED = ("int8", "float8_e4m3fn", "int4", "nvfp4", "mxfp4")
@@ -41,9 +41,11 @@ def _on_cpu(formats: Sequence[str], activation: ActivationConfig, facts: Facts) 
         return Support(Level.emulated, f"{facts.name} has no {foreign[0]} matmul: plain-torch reference")
     if activation.mode is ActivationMode.none:
         return Support(Level.native, "int8 storage; the matmul converts weights at each call, so memory shrinks and speed does not")
-    if cpu_has(facts.isa, "int8_matmul"):
-        return Support(Level.native)
-    return Support(Level.native, f"slowdown: {facts.name} has no int8 dot product (avx512_vnni, avx_vnni, amx_int8)")
+    if not cpu_has(facts.isa, "int8_matmul"):
+        return Support(Level.native, f"slowdown: {facts.name} has no int8 dot product (avx512_vnni, avx_vnni, amx_int8)")
+    if activation.granularity is ActivationGranularity.tensor:
+        return Support(Level.native, "slowdown: the int8 kernel scales each token; one scale a tensor runs through torch._int_mm")
+    return Support(Level.native)
 
 
 def _weight_only(formats: Sequence[str], dtype: torch.dtype | None) -> Support:

@@ -159,7 +159,7 @@ def test_support_answers_for_devices_that_are_not_here() -> None:
     refused = quantize("float8_e4m3fn").support(nvidia("a100"))
     assert refused.level is Level.emulated
     assert refused.reason == (
-        "float8 matmul needs sm_89 or newer, this is a100 (sm_80); use precision=fp8_weight_only (FP8 storage, bf16 math)"
+        "float8_e4m3fn matmul needs sm_89 or newer, or gfx950, gfx1200, gfx1201, this is a100 (sm_80); use precision=fp8_weight_only"
     )
     assert quantize("float8_e4m3fn", dynamic=False).support(nvidia("a100")).level is Level.native
     assert quantize().support(nvidia("t4")).level is Level.emulated
