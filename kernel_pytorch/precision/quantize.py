@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from kernel_pytorch.backends.base import Backend
-from kernel_pytorch.backends.capabilities import cpu_has, nvidia_has
 from kernel_pytorch.errors import ConfigError, NoEffectError
 from kernel_pytorch.kernels import int8_linear
 from kernel_pytorch.optimizer import Applied, Change, Context, Level, Optimizer, Portable, Skipped, Support, replace_module, select_modules
@@ -20,6 +19,7 @@ from kernel_pytorch.precision.calibration import observe_ranges
 from kernel_pytorch.precision.portable import from_portable, to_portable
 from kernel_pytorch.precision.quantized_linear import InputRange, QuantizedLinear
 from kernel_pytorch.precision.reference import FakeQuantLinear
+from kernel_pytorch.precision.support import linear_support
 from kernel_pytorch.schema import KEEP, ActivationConfig, ActivationMode, AllocationConfig, WeightConfig
 
 
@@ -60,40 +60,8 @@ class QuantizeLinears(Optimizer):
     def support(self, backend: Backend) -> Support:
         if self.weight.format is None:
             return Support(Level.unsupported, "precision.weight.format is null: nothing says what weights are stored in")
-        if backend.vendor == "cpu":
-            return self._on_cpu(backend)
-        if backend.vendor == "nvidia":
-            return self._on_nvidia(backend)
-        return Support(Level.emulated, f"no 8-bit kernel for {backend.vendor}: plain-torch reference")
-
-    def _on_cpu(self, backend: Backend) -> Support:
-        facts = backend.facts
-        if self.weight.format != "int8":
-            return Support(Level.emulated, f"{facts.name} has no {self.weight.format} matmul: plain-torch reference")
-        if self.activation.mode is ActivationMode.none:
-            return Support(Level.native, "int8 storage; the matmul converts weights at each call, so memory shrinks and speed does not")
-        if cpu_has(facts.isa, "int8_matmul"):
-            return Support(Level.native)
-        return Support(Level.native, f"slowdown: {facts.name} has no int8 dot product (avx512_vnni, avx_vnni, amx_int8)")
-
-    def _on_nvidia(self, backend: Backend) -> Support:
-        facts = backend.facts
-        here = f"this is {facts.name} ({facts.arch})"
-        if self.activation.mode is ActivationMode.none:
-            math = "the input's dtype" if self.dtype is None else str(self.dtype).removeprefix("torch.")
-            return Support(Level.native, f"{self.weight.format} storage, {math} math")
-        if self.weight.format == "int8":
-            if nvidia_has(facts.arch, "bf16_matmul"):
-                return Support(Level.native)
-            return Support(
-                Level.emulated, f"int8 matmul through torch._int_mm needs sm_80 or newer, {here}; use precision=int8_weight_only"
-            )
-        if facts.fp8_matmul:
-            return Support(Level.native)
-        return Support(
-            Level.emulated,
-            f"float8 matmul needs sm_89 or newer, {here}; use precision=fp8_weight_only (FP8 storage, bf16 math)",
-        )
+        wanted = [self.weight.format, *(text.rpartition("=")[2] for text in self.weight.assign), *self.allocation.formats]
+        return linear_support([name for name in dict.fromkeys(wanted) if name != KEEP], self.activation, self.dtype, backend)
 
     def apply(self, model: nn.Module, context: Context) -> Applied:
         if context.restored is not None:

@@ -51,7 +51,7 @@ class Skinny(Matmul):
 
 
 class SkinnyWeightOnly(Skinny):
-    name = "skinny_w8a16"
+    name = "skinny_w8a16+dequantize"
 
     def _few(self, layer: QuantizedLinear, rows: torch.Tensor) -> torch.Tensor:
         return skinny_w8a16.linear(rows, layer.weight, layer.weight_scale, layer.bias, format=layer.format)
@@ -71,8 +71,8 @@ class SkinnyQuantized(Skinny):
     """Activations are quantized too. Their codes, and code minus zero point, are integers of at most 8 bits or FP8 values:
     exact in 16 bits, so few rows take the same kernel with the row scales on its float32 sums."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, dense: str) -> None:
+        self.name = f"skinny_w8a16+{dense}"
 
     def _few(self, layer: QuantizedLinear, rows: torch.Tensor) -> torch.Tensor:
         codes, scale, offset = quantize_input(layer, rows)

@@ -24,8 +24,8 @@ scheme = pytest.mark.parametrize("name", CONFIGS)
 def make(name: str, k: int, n: int, dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, QuantizedLinear, FakeQuantLinear]:
     torch.manual_seed(k * 1000 + n)
     linear = nn.Linear(k, n).to(dtype)
-    config = CONFIGS[name]
-    return linear, QuantizedLinear.from_linear(linear, config, ActivationConfig()), FakeQuantLinear(linear, config, ActivationConfig(), None)
+    scheme = (CONFIGS[name], ActivationConfig())
+    return linear, QuantizedLinear.from_linear(linear, *scheme), FakeQuantLinear(linear, *scheme, None)
 
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

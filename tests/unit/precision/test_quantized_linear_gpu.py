@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernel_pytorch.precision.quantized_linear import QuantizedLinear
+from kernel_pytorch.precision.quantized_linear import InputRange, QuantizedLinear
 from kernel_pytorch.precision.reference import FakeQuantLinear
 from kernel_pytorch.schema import ActivationConfig, ActivationGranularity, ActivationMode, WeightConfig, WeightGranularity
 
@@ -20,6 +20,14 @@ SCHEMES = {
     "int8_dynamic": (INT8, ActivationConfig(mode=DYNAMIC, format="int8", symmetric=False)),
     "int8_symmetric": (INT8, ActivationConfig(mode=DYNAMIC, format="int8")),
     "fp8_dynamic": (FP8, ActivationConfig(mode=DYNAMIC, format="float8_e4m3fn")),
+    "fp8_static": (FP8, ActivationConfig(ActivationMode.static, "float8_e4m3fn", ActivationGranularity.tensor)),
+    "int8_static": (INT8, ActivationConfig(ActivationMode.static, "int8", ActivationGranularity.tensor, False)),
+    "e5m2_weight_only": (WeightConfig(format="float8_e5m2"), ActivationConfig()),
+    "nvfp4": (WeightConfig(format="nvfp4"), ActivationConfig()),
+    "mxfp4": (WeightConfig(format="mxfp4"), ActivationConfig()),
+    "int4": (WeightConfig(format="int4"), ActivationConfig()),
+    "mxfp6": (WeightConfig(format="mxfp6_e2m3"), ActivationConfig()),
+    "mxfp8": (WeightConfig(format="mxfp8_e4m3fn"), ActivationConfig()),
     "fp8_tensor": (
         WeightConfig(format="float8_e4m3fn", granularity=WeightGranularity.tensor),
         ActivationConfig(mode=DYNAMIC, format="float8_e4m3fn", granularity=ActivationGranularity.tensor),
@@ -33,7 +41,7 @@ def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize(("k", "n"), [(384, 1152), (33, 17), (4096, 4096)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_error_is_at_most_twice_the_references(name: str, k: int, n: int, dtype: torch.dtype) -> None:
     weight, activation = SCHEMES[name]
     if "float8" in str(activation.format) and torch.cuda.get_device_capability() < (8, 9):
@@ -41,11 +49,13 @@ def test_error_is_at_most_twice_the_references(name: str, k: int, n: int, dtype:
     torch.manual_seed(k + n)
     torch._dynamo.reset()
     linear = nn.Linear(k, n).cuda().to(dtype)
-    module = QuantizedLinear.from_linear(linear, weight, activation)
-    reference = FakeQuantLinear(linear, weight, activation, None)
+    seen = InputRange(-4.5, 5.5)
+    static = activation.mode is ActivationMode.static
+    module = QuantizedLinear.from_linear(linear, weight, activation, input_range=seen if static else None)
+    reference = FakeQuantLinear(linear, weight, activation, None, (seen.low, seen.high) if static else None)
     compiled = torch.compile(module, fullgraph=True, dynamic=False)
     # float8 products are rounded to bf16 by the hardware path; inputs that round to another code differ by a code.
-    floor = 4e-3 if module.kernel == "scaled_mm" else 1e-3 if module.quantizes_activations else 2e-6
+    floor = 4e-3 if "scaled_mm" in module.kernel else 1e-3 if module.quantizes_activations else 2e-6
     for rows in (0, 1, 3, 64, 300):
         x = torch.randn(rows, k, device="cuda", dtype=dtype)
         exact = copy.deepcopy(reference).double()(x.double())
@@ -58,12 +68,19 @@ def test_error_is_at_most_twice_the_references(name: str, k: int, n: int, dtype:
 
 def test_kernels_are_named() -> None:
     linear = nn.Linear(64, 64).cuda()
-    names = {name: QuantizedLinear.from_linear(linear, *scheme).kernel for name, scheme in SCHEMES.items()}
+    schemes = {name: scheme for name, scheme in SCHEMES.items() if "static" not in name}
+    names = {name: QuantizedLinear.from_linear(linear, *scheme).kernel for name, scheme in schemes.items()}
     assert names == {
-        "int8_weight_only": "dequantize",
-        "fp8_weight_only": "dequantize",
-        "int8_dynamic": "int8_mm",
-        "int8_symmetric": "int8_mm",
-        "fp8_dynamic": "scaled_mm",
-        "fp8_tensor": "scaled_mm",
+        "int8_weight_only": "skinny_w8a16+dequantize",
+        "fp8_weight_only": "skinny_w8a16+dequantize",
+        "int8_dynamic": "skinny_w8a16+int8_mm",
+        "int8_symmetric": "skinny_w8a16+int8_mm",
+        "fp8_dynamic": "skinny_w8a16+scaled_mm",
+        "fp8_tensor": "skinny_w8a16+scaled_mm",
+        "e5m2_weight_only": "dequantize",
+        "nvfp4": "skinny_w4a16+dequantize",
+        "mxfp4": "skinny_w4a16+dequantize",
+        "int4": "skinny_w4a16+dequantize",
+        "mxfp6": "dequantize",
+        "mxfp8": "dequantize",
     }
