@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from kernel_pytorch.precision.quantized_linear import QuantizedLinear
 
 Stored = dict[str, torch.Tensor]
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class Matmul(ABC):
@@ -50,6 +52,15 @@ def quantize_input(layer: QuantizedLinear, rows: torch.Tensor) -> tuple[torch.Te
             spoiled = rows.float().abs().amax(dim=1, keepdim=True) * 0
             return int8.quantize_with(rows, scale, offset), scale + spoiled, offset
         return float8.quantize_with(rows, scale, getattr(torch, str(activation.format))), scale, None
+    # A kernel of ours instead of half a dozen of torch's, where nothing is compiled: Inductor writes one itself, together with
+    # the norm that precedes it.
+    if rows.is_cuda and HAS_TRITON and not torch.compiler.is_compiling():
+        from kernel_pytorch.kernels import row_quant
+
+        if layer.per_row and 0 < rows.shape[1] <= row_quant.MAX_COLUMNS and rows.stride(1) == 1:
+            found = row_quant.quantize_rows(rows, str(activation.format), symmetric=activation.symmetric)
+            zero_point = found.zero_point
+            return found.q, found.scale[:, None], None if zero_point is None else zero_point[:, None]
     if integer:
         return int8.quantize_rows(rows, symmetric=activation.symmetric, per_row=layer.per_row)
     codes, scale = float8.quantize_rows(rows, getattr(torch, str(activation.format)), per_row=layer.per_row)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Collection
 
 import torch
 
 from kernel_pytorch.kernels import int8_linear
-from kernel_pytorch.precision.matmul.base import Matmul
+from kernel_pytorch.precision.matmul.base import HAS_TRITON, Matmul
 from kernel_pytorch.precision.matmul.cpu_int8 import CpuInt8
 from kernel_pytorch.precision.matmul.dequantize import Dequantize, Emulate
+from kernel_pytorch.precision.matmul.int8 import MULTIPLE as INT8_MULTIPLE
 from kernel_pytorch.precision.matmul.int8 import Int8Mm
-from kernel_pytorch.precision.matmul.scaled_mm import MULTIPLE, ScaledMm
-from kernel_pytorch.precision.matmul.skinny import SkinnyQuantized, SkinnyWeightOnly
+from kernel_pytorch.precision.matmul.scaled_mm import MULTIPLE as FP8_MULTIPLE
+from kernel_pytorch.precision.matmul.scaled_mm import ScaledMm
 from kernel_pytorch.schema import ActivationConfig, ActivationGranularity, ActivationMode, WeightConfig
 
 # Formats whose bytes the skinny kernel unpacks.
@@ -25,16 +25,26 @@ def choose(
 ) -> Matmul:
     """shape: (out_features, in_features). isa: the CPU's instruction sets."""
     n, k = shape
-    on_gpu = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    if activation.mode is ActivationMode.none:
-        return SkinnyWeightOnly() if on_gpu and weight.format in SKINNY_8_BIT else Dequantize()
-    if activation.format == "int8":
-        if on_gpu:
-            return SkinnyQuantized("int8_mm") if n % 8 == 0 else Int8Mm()
-        return _on_cpu(activation, k, isa)
     if device.type != "cuda":
-        return Emulate()
-    return SkinnyQuantized("scaled_mm") if on_gpu and weight.format in SKINNY_8_BIT and n % MULTIPLE == 0 else ScaledMm()
+        return _on_cpu(activation, k, isa) if activation.format == "int8" else Dequantize() if activation.format is None else Emulate()
+    fast = _on_gpu(weight, activation, n) if HAS_TRITON else None
+    if fast is not None:
+        return fast
+    return Dequantize() if activation.format is None else Int8Mm() if activation.format == "int8" else ScaledMm()
+
+
+def _on_gpu(weight: WeightConfig, activation: ActivationConfig, n: int) -> Matmul | None:
+    """What reads packed bytes for few rows; None for formats and widths that have no such kernel."""
+    # Triton is not on every platform; nothing else here needs it.
+    from kernel_pytorch.precision.matmul.skinny import SkinnyQuantized, SkinnyWeightOnly
+
+    if weight.format not in SKINNY_8_BIT:
+        return None
+    if activation.mode is ActivationMode.none:
+        return SkinnyWeightOnly()
+    if activation.format == "int8":
+        return SkinnyQuantized("int8_mm") if n % INT8_MULTIPLE == 0 else None
+    return SkinnyQuantized("scaled_mm") if n % FP8_MULTIPLE == 0 else None
 
 
 def _on_cpu(activation: ActivationConfig, k: int, isa: Collection[str]) -> Matmul:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from kernel_pytorch.precision.quantized_linear import QuantizedLinear
 
 # The matrix unit takes K and N in eights, and more than 16 rows.
-_MULTIPLE, _LEAST_ROWS = 8, 24
+MULTIPLE, _LEAST_ROWS = 8, 24
 
 
 class Int8Mm(Matmul):
@@ -23,7 +23,7 @@ class Int8Mm(Matmul):
         codes = stored["weight"]
         n, k = codes.shape
         weight_sum = None if layer.activation.symmetric else codes.sum(dim=1, dtype=torch.int32)
-        padded = F.pad(codes, (0, -k % _MULTIPLE, 0, -n % _MULTIPLE)).contiguous()
+        padded = F.pad(codes, (0, -k % MULTIPLE, 0, -n % MULTIPLE)).contiguous()
         return {"weight": padded, "weight_scale": stored["weight_scale"], "weight_sum": weight_sum, "bias": bias}
 
     def unpack(self, layer: QuantizedLinear) -> Stored:
