@@ -58,11 +58,11 @@ class SdpaBackendChoice(Optimizer):
         if feature not in capabilities.NVIDIA:
             return Support(Level.native)
         arch = backend.facts.arch
-        if capabilities.nvidia_has(arch, feature):
+        if capabilities.has(arch, feature):
             return Support(Level.native)
         return Support(
             Level.unsupported,
-            f"attention.backend={chosen.value} needs {capabilities.needs(feature)}, this is {backend.facts.name} ({arch or 'unknown'});"
+            f"attention.backend={chosen.value} needs {capabilities.needs(feature, arch)}, this is {backend.facts.name} ({arch or 'unknown'});"
             " use attention.backend=auto",
         )
 

@@ -24,7 +24,7 @@ class CaptureWholeCall(Optimizer):
         self.min_speedup = min_speedup
 
     def support(self, backend: Backend) -> Support:
-        if backend.vendor == "nvidia":
+        if backend.device.type == "cuda":
             return Support(Level.native)
         return Support(Level.native, f"not applicable on {backend.vendor}")
 

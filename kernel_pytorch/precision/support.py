@@ -30,8 +30,7 @@ def linear_support(formats: Sequence[str], activation: ActivationConfig, dtype: 
         return Support(Level.emulated, f"kernels for quantized weights need sm_80 or newer, this is {_shown(facts)}")
     answer = _weight_only(formats, dtype) if activation.mode is ActivationMode.none else _multiplied(str(activation.format), facts)
     if answer.level is Level.native and backend.vendor == "amd":
-        reasons = (answer.reason, f"compiled for {facts.arch}, not yet run on AMD hardware")
-        return Support(Level.native, "; ".join(filter(None, reasons)))
+        return Support(Level.native, "; ".join(filter(None, (answer.reason, "not yet run on AMD hardware"))))
     return answer
 
 
