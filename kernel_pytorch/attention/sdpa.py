@@ -57,12 +57,13 @@ class SdpaBackendChoice(Optimizer):
         feature = f"{chosen.value}_sdpa"
         if feature not in capabilities.NVIDIA:
             return Support(Level.native)
-        arch = backend.facts.arch
+        facts = backend.facts
+        arch = facts.arch
         if capabilities.has(arch, feature):
             return Support(Level.native)
         return Support(
             Level.unsupported,
-            f"attention.backend={chosen.value} needs {capabilities.needs(feature, arch)}, this is {backend.facts.name} ({arch or 'unknown'});"
+            f"attention.backend={chosen.value} needs {capabilities.needs(feature, arch)}, this is {facts.name} ({arch or 'unknown'});"
             " use attention.backend=auto",
         )
 
