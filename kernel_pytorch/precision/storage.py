@@ -58,10 +58,13 @@ class RowScaled(Storage):
 
     def _quantize(self, weight: torch.Tensor, config: WeightConfig) -> dict[str, torch.Tensor]:
         per_channel = config.granularity is WeightGranularity.channel
-        if self.dtype is torch.int8:
-            codes, scale = int8.quantize_weight(weight, per_channel=per_channel)
-        else:
-            codes, scale = float8.quantize_weight(weight, self.dtype, per_channel=per_channel)
+
+        def quantize(values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            if self.dtype is torch.int8:
+                return int8.quantize_weight(values, per_channel=per_channel)
+            return float8.quantize_weight(values, self.dtype, per_channel=per_channel)
+
+        codes, scale = _by_rows(weight, quantize) if per_channel else quantize(weight)
         return {"weight": codes, "weight_scale": scale}
 
     def dequantize(self, stored: dict[str, torch.Tensor], in_features: int) -> torch.Tensor:
