@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,19 +14,21 @@ from torch import nn
 
 from kernel_pytorch.backends.base import Backend
 from kernel_pytorch.backends.detect import BACKENDS, Resolution, make, matches
-from kernel_pytorch.engine.apply import Built, enter_contexts
+from kernel_pytorch.engine import restore
+from kernel_pytorch.engine.apply import CALL_GROUPS, Built, enter_contexts
 from kernel_pytorch.engine.parent import recipe_facts
+from kernel_pytorch.engine.replay import Call
 from kernel_pytorch.engine.run import Run
+from kernel_pytorch.engine.saved import Saved, read
 from kernel_pytorch.engine.session import conclude, describe_machine, make_job, translate
 from kernel_pytorch.errors import ConfigError, UnsupportedOperationError
 from kernel_pytorch.models.call import CallWorkload
 from kernel_pytorch.recipe.compose import compose
+from kernel_pytorch.recipe.digest import digest
 from kernel_pytorch.recipe.load import Recipe
 from kernel_pytorch.report.progress import Progress
 from kernel_pytorch.report.result import Report
-from kernel_pytorch.schema import BackendConfig
-
-Call = tuple[Sequence[Any], Mapping[str, Any]]
+from kernel_pytorch.schema import BackendConfig, RootConfig
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,15 @@ class Optimized:
 
     model: nn.Module
     report: Report
+    _source: restore.Source = field(repr=False)
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Writes the tensors, the resolved recipe, and one call with its output, for `kernel_pytorch.load`. No pickle.
+
+        Makes the call: the first of `held_out`, else the caller's own. overwrite: replace an earlier save, which stays whole
+        until the new one is. Raises ConfigError for a folder with other things in it and for a call that a file cannot hold,
+        UnsupportedOperationError for a model with state that only pickle could."""
+        restore.save(Path(folder), self.model, self.report, self._source, overwrite=overwrite)
 
 
 def optimize(
@@ -70,6 +81,7 @@ def optimize(
     backend, resolution = _resolve_for(model, composed.config.backend)
     workload = CallWorkload(args, dict(kwargs or {}), held_out=list(held_out) or None)
     workload.trained = trained
+    original = restore.describe_model(model)
     with _Attach(report, backend):
         describe_machine(report, backend)
         run = Run(make_job(composed.config, composed.choices, composed.ignored, resolution), report, Progress(None))
@@ -77,7 +89,57 @@ def optimize(
         optimized = run.execute(steps, plan, model, workload, name=type(model).__name__, inplace=inplace)
     # As it was verified and timed: compiled code is for this mode, and quantized layers have no gradients.
     enter_contexts(Built(optimized, [torch.inference_mode]))
-    return Optimized(optimized, report)
+    call: Call = held_out[0] if held_out else (args, dict(kwargs or {}))
+    return Optimized(optimized, report, restore.Source(composed.config, composed.choices, composed.ignored, call, trained, original))
+
+
+def load(folder: str | Path, model: nn.Module, *, overrides: Sequence[str] = ()) -> Optimized:
+    """What `Optimized.save` wrote, made from `model`: the original as it was built, with any weights; it is left as it was.
+
+    Nothing is quantized, calibrated or timed again. The result is on the model's device, packed for its kernels, and must
+    give the saved output for the saved call: bit for bit on the machine that saved it, within rounding on another.
+    overrides: of the groups compile and graph (`compile=default`, `graph=none`), each in place of the whole group as saved.
+
+    Raises ConfigError for a folder that was changed or a model that is not the one saved, UnsupportedOperationError where this
+    machine cannot run it, VerificationError with the first module or value that differs; each with the Report as `.report`.
+    """
+    model = getattr(model, "_orig_mod", model)
+    saved = read(Path(folder))
+    config, choices, ignored = _with_overrides(saved, overrides)
+    facts = saved.facts.recipe
+    report = Report(
+        recipe={
+            "name": facts.name,
+            "digest": facts.digest,
+            "effective_digest": digest(config),
+            "chain": list(facts.chain),
+            "overrides": [*facts.overrides, *overrides],
+        }
+    )
+    backend, resolution = _resolve_for(model, config.backend)
+    with _Attach(report, backend):
+        describe_machine(report, backend)
+        run = Run(make_job(config, choices, ignored, resolution), report, Progress(None))
+        loaded, source = restore.load(saved, model, run)
+    enter_contexts(Built(loaded, [torch.inference_mode]))
+    return Optimized(loaded, report, source)
+
+
+def _with_overrides(saved: Saved, overrides: Sequence[str]) -> tuple[RootConfig, dict[str, str], dict[str, list[str]]]:
+    """The saved recipe, with the groups that overrides name as the overrides alone make them."""
+    config, choices, ignored = restore.config_of(saved), dict(saved.facts.recipe.choices), dict(saved.facts.recipe.ignored)
+    groups = {word: word.lstrip("+~").split("=")[0].split(".")[0] for word in overrides}
+    foreign = [word for word, group in groups.items() if group not in CALL_GROUPS]
+    if foreign:
+        why = f"allowed {', '.join(CALL_GROUPS)}: the tensors are what the other groups made of them"
+        raise ConfigError([f"overrides: found {word!r}; {why}" for word in foreign])
+    if not groups:
+        return config, choices, ignored
+    composed = compose(list(overrides))
+    for group in sorted(set(groups.values())):
+        config = replace(config, **{group: getattr(composed.config, group)})
+        choices[group], ignored[group] = composed.choices[group], composed.ignored.get(group, [])
+    return config, choices, ignored
 
 
 class _Attach(AbstractContextManager[None]):
