@@ -72,6 +72,8 @@ def _assignment(text: str) -> str:
 # Instead of a format in `weight.assign`: the module stays as it is.
 KEEP = "keep"
 FormatName = Annotated[str, _one_of(tuple(FORMATS))]
+# Formats that inputs of a layer can be quantized to.
+ActivationFormat = Annotated[str, _one_of(("int8", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "nvfp4"))]
 Assignment = Annotated[str, AfterValidator(_assignment)]
 DtypeName = Annotated[str, _one_of(DTYPES)]
 HardwareName = Annotated[str, _one_of(HARDWARE)]
@@ -152,7 +154,7 @@ class ActivationConfig:
     mode: Annotated[
         ActivationMode, Field(description="none computes in the model's dtype; dynamic scales each call; static by calibration, once")
     ] = ActivationMode.none
-    format: Annotated[Optional[FormatName], Field(description="number format of the activations; null when mode is none")] = None
+    format: Annotated[Optional[ActivationFormat], Field(description="number format of the activations; null when mode is none")] = None
     granularity: Annotated[ActivationGranularity, Field(description="what shares one scale")] = ActivationGranularity.token
     symmetric: Annotated[bool, Field(description="false gives int8 a zero point beside each scale: one-sided values use all 256 codes")] = (
         True
@@ -197,6 +199,12 @@ class PrecisionConfig(GroupConfig):
             )
         if self.activation.mode is ActivationMode.static and self.activation.granularity is not ActivationGranularity.tensor:
             raise ValueError("activation.mode=static with activation.granularity=token: a token's scale is known in its call; use tensor")
+        found = (self.activation.mode, self.activation.granularity)
+        if self.activation.format == "nvfp4" and found != (ActivationMode.dynamic, ActivationGranularity.tensor):
+            raise ValueError(
+                f"activation.format=nvfp4 with mode={found[0].value} and granularity={found[1].value}: beside the scales of its blocks it has"
+                " one of the tensor, from each call; use mode dynamic and granularity tensor"
+            )
         return self
 
     @model_validator(mode="after")

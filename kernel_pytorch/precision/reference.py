@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kernel_pytorch.precision.reference_weights import fake_quantize_weight
-from kernel_pytorch.schema import ActivationConfig, ActivationGranularity, ActivationMode, WeightConfig
+from kernel_pytorch.schema import ActivationConfig, ActivationGranularity, ActivationMode, ScaleSearch, WeightConfig
 
 _INT8_LIMIT = 127
 _TINY = 1e-30
@@ -22,6 +22,9 @@ def fake_quantize_activation(x: torch.Tensor, config: ActivationConfig, calibrat
     calibrated: the least and the largest input, when the mode is static."""
     if config.mode is ActivationMode.none or x.numel() == 0:
         return x
+    if config.format == "nvfp4":
+        plain = WeightConfig(format="nvfp4", scale_search=ScaleSearch.plain)
+        return fake_quantize_weight(x.float().flatten(0, -2), plain).view(x.shape).to(x.dtype)
     if config.mode is ActivationMode.static:
         assert calibrated is not None, "static activations need a calibrated range"
         low, high = (torch.tensor(bound, device=x.device) for bound in calibrated)

@@ -25,6 +25,8 @@ def choose(
 ) -> Matmul:
     """shape: (out_features, in_features). isa: the CPU's instruction sets."""
     n, k = shape
+    if activation.format == "nvfp4":
+        return Emulate()
     if device.type != "cuda":
         return _on_cpu(activation, k, isa) if activation.format == "int8" else Dequantize() if activation.format is None else Emulate()
     fast = _on_gpu(weight, activation, n) if HAS_TRITON else None

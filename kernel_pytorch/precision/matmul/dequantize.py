@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
+from kernel_pytorch.precision import nvfp4
 from kernel_pytorch.precision.matmul.base import Matmul, quantize_input
+from kernel_pytorch.schema import ScaleSearch
 
 if TYPE_CHECKING:
     from kernel_pytorch.precision.quantized_linear import QuantizedLinear
@@ -33,12 +35,25 @@ class Emulate(Matmul):
     name = "reference"
 
     def run(self, layer: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
-        if layer.quantizes_activations:
+        if layer.activation.format == "nvfp4":
+            x = nvfp4_values(x)
+        elif layer.quantizes_activations:
             rows = x.reshape(-1, layer.in_features)
             codes, scale, offset = quantize_input(layer, rows)
             values = codes.to(x.dtype) if offset is None else codes.to(x.dtype) - offset.to(x.dtype)
             x = (values * scale.to(x.dtype)).reshape(x.shape)
         return expanded(layer, x)
+
+
+def nvfp4_values(x: torch.Tensor) -> torch.Tensor:
+    """x [..., K] rounded to NVFP4 with the plain scales, its tensor's scale from its own largest value; in x's dtype."""
+    k = x.shape[-1]
+    rows = F.pad(x.reshape(-1, k).float(), (0, -k % nvfp4.BLOCK))
+    if not rows.numel():
+        return x
+    scale_of_all = nvfp4.global_scale(rows.abs().amax(), ScaleSearch.plain)
+    codes, scale = nvfp4.quantize(rows, scale_of_all, ScaleSearch.plain)
+    return nvfp4.dequantize(codes, scale, scale_of_all)[:, :k].to(x.dtype).reshape(x.shape)
 
 
 def expanded(layer: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:

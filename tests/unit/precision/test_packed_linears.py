@@ -10,7 +10,7 @@ from kernel_pytorch.formats import FORMATS
 from kernel_pytorch.precision.quantized_linear import QuantizedLinear
 from kernel_pytorch.precision.reference import FakeQuantLinear
 from kernel_pytorch.precision.storage import STORAGES
-from kernel_pytorch.schema import ActivationConfig, ScaleSearch, WeightConfig
+from kernel_pytorch.schema import ActivationConfig, ActivationGranularity, ActivationMode, ScaleSearch, WeightConfig
 
 BLOCKED = [name for name in FORMATS if name not in ("int8", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz")]
 CONFIGS = {name: WeightConfig(format=name) for name in BLOCKED}
@@ -82,3 +82,17 @@ def test_state_and_copies_keep_the_answer_and_the_graph_is_one(name: str) -> Non
     assert torch.equal(again(x), module(x))
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), module(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nvfp4_activations_are_the_references(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(100, 48).to(dtype)
+    scheme = (WeightConfig(format="nvfp4"), ActivationConfig(ActivationMode.dynamic, "nvfp4", ActivationGranularity.tensor))
+    module, reference = QuantizedLinear.from_linear(linear, *scheme), FakeQuantLinear(linear, *scheme, None)
+    x = inputs(6, 5, 100, dtype=dtype)
+    exact = copy.deepcopy(reference).double()(x.double())
+    assert module.kernel == "reference"
+    assert error(module(x), exact) <= 2 * error(reference(x), exact) + 1e-7
+    assert 0.05 < error(module(x), copy.deepcopy(linear).double()(x.double())) < 0.25
+    assert module(x[:0]).shape == (0, 5, 48)
