@@ -32,7 +32,6 @@ class Facts:
     num_threads: int | None = None
     has_cxx_compiler: bool = False
     has_triton: bool = False
-    fp8_matmul: bool | None = None
     present: bool = False
     details: dict[str, Any] = field(default_factory=dict)
 

@@ -124,12 +124,6 @@ def matmul_formats(arch: str | None) -> tuple[str, ...] | None:
     )
 
 
-def multiplies_float8(arch: str | None) -> bool | None:
-    """Whether the matrix unit multiplies 8-bit floats with a scale a row; None when the architecture is unknown."""
-    formats = matmul_formats(arch)
-    return None if formats is None else any(name.startswith("float8") for name in formats)
-
-
 def matmul_needs(format: str) -> str:
     """`sm_89 or newer, or gfx950, gfx1200, gfx1201`: where torch multiplies two matrices of a format; empty when nowhere."""
     row = MATMUL_FORMATS.get(format)

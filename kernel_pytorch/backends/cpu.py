@@ -57,7 +57,6 @@ def _read_facts() -> Facts:
         num_threads=torch.get_num_threads(),
         has_cxx_compiler=compiler is not None,
         has_triton=importlib.util.find_spec("triton") is not None,
-        fp8_matmul=False,
         present=True,
         details={"processor_isa": list(flags), "onednn_max_cpu_isa": cap, "cxx_compiler": compiler},
     )

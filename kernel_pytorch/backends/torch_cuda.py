@@ -41,7 +41,6 @@ class TorchCudaBackend(Backend):
             bandwidth_bytes_per_s=device.bandwidth_bytes_per_s,
             has_cxx_compiler=True,
             has_triton=capabilities.has(device.arch, "triton") is True,
-            fp8_matmul=capabilities.multiplies_float8(device.arch),
             present=False,
             details={"source": device.source, "assumed": ["a C++ compiler", "triton"]},
         )
@@ -89,7 +88,6 @@ class TorchCudaBackend(Backend):
             num_threads=torch.get_num_threads(),
             has_cxx_compiler=compiler is not None,
             has_triton=importlib.util.find_spec("triton") is not None and capabilities.has(arch, "triton") is True,
-            fp8_matmul=capabilities.multiplies_float8(arch),
             present=True,
             details={
                 **self.versions(),

@@ -70,13 +70,13 @@ def test_an_h100_recipe_matches_an_h200() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "fp8", "memory"),
-    [("a100", False, 80 * 2**30), ("h200", True, 141 * 10**9), ("mi300x", True, 192 * 2**30), ("mi250x", False, 64 * 2**30)],
+    ("device", "arch", "memory"),
+    [("a100", "sm_80", 80 * 2**30), ("h200", "sm_90", 141 * 10**9), ("mi300x", "gfx942", 192 * 2**30), ("mi250x", "gfx90a", 64 * 2**30)],
 )
-def test_a_planned_device_has_the_facts_of_its_row(device: str, fp8: bool, memory: int) -> None:
+def test_a_planned_device_has_the_facts_of_its_row(device: str, arch: str, memory: int) -> None:
     backend = plan_backend(device, BackendConfig())
     facts = backend.facts
-    assert (facts.present, facts.fp8_matmul, facts.memory_bytes) == (False, fp8, memory)
+    assert (facts.present, facts.arch, facts.memory_bytes) == (False, arch, memory)
     assert backend.available_memory_bytes() == memory
     assert facts.bandwidth_bytes_per_s == DEVICES[device].bandwidth_bytes_per_s
 
@@ -144,8 +144,6 @@ def test_an_unknown_feature_is_a_mistake_on_both_vendors() -> None:
 )
 def test_formats_that_a_matrix_unit_multiplies(arch: str | None, formats: tuple[str, ...] | None) -> None:
     assert capabilities.matmul_formats(arch) == formats
-    expected = None if formats is None else any(name.startswith("float8") for name in formats)
-    assert capabilities.multiplies_float8(arch) is expected
 
 
 @pytest.mark.parametrize(
