@@ -15,6 +15,7 @@ from kernel_pytorch.schema import ActivationConfig, ActivationGranularity, Activ
 UNPACKED = ("int8", "float8_e4m3fn", "int4", "nvfp4", "mxfp4")
 # Formats of which `matmul/` multiplies weights with activations.
 MULTIPLIED = ("int8", "float8_e4m3fn", "float8_e4m3fnuz")
+_OWN_FLOAT8 = {"float8_e4m3fn": "fp8_dynamic", "float8_e4m3fnuz": "fp8_dynamic_fnuz"}
 _WEIGHT_ONLY = {"int8": "int8_weight_only", "float8": "fp8_weight_only", "nvfp4": "nvfp4"}
 
 
@@ -72,11 +73,10 @@ def _multiplied(format: str, facts: Facts) -> Support:
 def _instead(format: str, known: Sequence[str]) -> str:
     """A scheme near the one asked for that runs as itself."""
     kind = "float8" if format.startswith("float8") else format
-    other = next((name for name in known if kind == "float8" and name.startswith("float8")), None)
-    if other is not None:
-        return f"its own is {other}: set precision.weight.format and precision.activation.format to it"
-    option = _WEIGHT_ONLY.get(kind)
-    return "use weights alone: precision.activation.mode=none" if option is None else f"use precision={option}"
+    own = next((name for name in _OWN_FLOAT8 if name in known), None)
+    if kind == "float8" and own is not None:
+        return f"its own is {own}; use precision={_OWN_FLOAT8[own]}"
+    return f"use precision={_WEIGHT_ONLY[kind]}"
 
 
 def _shown(facts: Facts) -> str:

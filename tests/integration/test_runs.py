@@ -37,6 +37,9 @@ def step(result, group):
         ("a100_fp8", "emulated"),
         ("h100_fp8", "emulated"),
         ("h100_bf16", "emulated"),
+        ("h100_nvfp4", "emulated"),
+        ("b200_nvfp4", "emulated"),
+        ("mi300x_fp8", "emulated"),
     ],
 )
 def test_every_recipe_on_the_tiny_decoder(place, recipe, verdict):

@@ -16,8 +16,8 @@ NVFP4 = "nvfp4 storage, bfloat16 math"
 NO_E4M3FN = "float8_e4m3fn matmul needs sm_89 or newer, or gfx950, gfx1200, gfx1201, this is "
 NO_NVFP4 = "nvfp4 matmul needs sm_100 or newer, this is "
 NO_FNUZ = "float8_e4m3fnuz matmul needs gfx942, this is "
-OWN_E4M3FN = "; its own is float8_e4m3fn: set precision.weight.format and precision.activation.format to it"
-OWN_FNUZ = "; its own is float8_e4m3fnuz: set precision.weight.format and precision.activation.format to it"
+OWN_E4M3FN = "; its own is float8_e4m3fn; use precision=fp8_dynamic"
+OWN_FNUZ = "; its own is float8_e4m3fnuz; use precision=fp8_dynamic_fnuz"
 
 # Recipe, its device, then device -> (the plan's level, what the precision step says). A device of another vendor is emulated
 # whatever the step says of itself there.
