@@ -150,8 +150,17 @@ def _pad(values: torch.Tensor, block: int) -> torch.Tensor:
 def _by_rows(weight: torch.Tensor, quantize: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
     """`quantize` on some rows at a time in float32, so that the temporaries of a large weight stay small."""
     rows = max(1, (_CPU_CHUNK if weight.device.type == "cpu" else _GPU_CHUNK) // weight.shape[1])
-    parts = [quantize(part.float()) for part in weight.split(rows)]
-    return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    parts = [quantize(part.float().contiguous()) for part in weight.split(rows)]
+    return tuple(_concatenate(tensors) for tensors in zip(*parts, strict=True))
+
+
+def _concatenate(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    if parts[0].dtype.itemsize > 1:
+        return torch.cat(parts)
+    # Older versions of torch concatenate bytes on every device, and float8 on some.
+    return torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)
 
 
 STORAGES: dict[str, Storage] = {

@@ -267,8 +267,9 @@ def test_what_is_no_floating_matrix_is_refused(name: str, weight: torch.Tensor) 
 
 
 @EVERY
-def test_the_weight_is_read_only_and_may_be_a_transposed_parameter(name: str) -> None:
-    base = gaussian(70, 12)
+@pytest.mark.parametrize("k", [70, 128])
+def test_the_weight_is_read_only_and_may_be_a_transposed_parameter(name: str, k: int) -> None:
+    base = gaussian(k, 12)
     parameter = torch.nn.Parameter(base.clone())
     stored, values = roundtrip(name, parameter.t())
     assert torch.equal(parameter, base)
