@@ -96,6 +96,14 @@ def tuned(gpu: str) -> dict[tuple[int, int, int], Config]:
     return {key: Config(**config) for key, config in tables.load("skinny_w8a16", gpu)["configs"].items()}
 
 
+def crossover(n: int, k: int, on: torch.device, against: str) -> int:
+    """The most rows at which this kernel was measured no slower than another road of the same layer on that GPU, 0 if never.
+
+    against: "dequantize", weights converted to 16 bits and a library's product; "scaled_mm", an FP8 product. 64 where nobody measured:
+    more rows read the weight again."""
+    return tables.crossover("skinny_w8a16", n, k, device(on.index).name, against)
+
+
 def block_m(m: int) -> int:
     """Rows of x that one program computes: the smallest of 8, 16, 32, 64 that holds m, 64 above."""
     return next((b for b in (8, 16, 32) if m <= b), MAX_ROWS)
@@ -115,7 +123,7 @@ class Device:
 
 @functools.cache
 def device(index: int | None) -> Device:
-    """The facts of that CUDA device; None where Triton's interpreter runs the kernels."""
+    """The facts of that CUDA device; of none where index is None: Triton's interpreter runs the kernels on a CPU."""
     if index is None:
         return Device("cpu", 1, 65536, False, False)
     facts = torch.cuda.get_device_properties(index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from kernel_pytorch.kernels.native import cache_folder
 
 # Rows up to which a kernel for few rows is used where nobody measured the crossover.
 UNKNOWN_CROSSOVER = 64
+# What names a row of each list.
+KEYS = {"configs": ("n", "k", "m"), "crossover": ("n", "k", "against")}
 
 
 def file_name(kernel: str, gpu: str) -> str:
@@ -28,13 +31,29 @@ def read(path: Path) -> dict[str, Any]:
     return {"configs": [], "crossover": []} | table
 
 
+def write(path: Path, table: dict[str, Any]) -> None:
+    """The table over what the file holds: rows of other layers stay, the rest is the new table's. Nobody sees half a file."""
+    before = read(path)
+    rows = {name: {**_by_key(name, before), **_by_key(name, table)} for name in KEYS}
+    head = {name: value for name, value in table.items() if name not in rows}
+    lists = [f"{json.dumps(name)}: [\n" + ",\n".join(json.dumps(row) for row in rows[name].values()) + "\n]" for name in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part.write_text("{" + ", ".join([*(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()), *lists]) + "}\n")
+    part.replace(path)
+
+
+def _by_key(name: str, table: dict[str, Any]) -> dict[tuple[Any, ...], dict[str, Any]]:
+    return {tuple(row[part] for part in KEYS[name]): row for row in table[name]}
+
+
 @functools.cache
 def load(kernel: str, gpu: str) -> dict[str, dict[tuple[Any, ...], dict[str, Any]]]:
     """configs by (n, k, m), crossover by (n, k, against); the user's rows win over the package's. Read once a process."""
     shipped, own = read(Path(__file__).with_name("tuned") / file_name(kernel, gpu)), read(user_file(kernel, gpu))
     return {
-        "configs": {(row["n"], row["k"], row["m"]): row["config"] for table in (shipped, own) for row in table["configs"]},
-        "crossover": {(row["n"], row["k"], row["against"]): row for table in (shipped, own) for row in table["crossover"]},
+        "configs": {key: row["config"] for table in (shipped, own) for key, row in _by_key("configs", table).items()},
+        "crossover": {key: row for table in (shipped, own) for key, row in _by_key("crossover", table).items()},
     }
 
 

@@ -7,6 +7,8 @@ N out features, K in features, M rows.
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import functools
 import importlib
 import itertools
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 from triton.compiler.errors import CompilationError as TritonCompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -271,3 +274,29 @@ class Search:
                 most = m
             found.append({"n": n, "k": k, "against": against, "m": most, "us": rows})
         return found
+
+
+def measured(kernel: str, layers: Sequence[tuple[int, int]], seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
+    """The table of one kernel for layers (N, K) on the current GPU, as `tables.read` gives it, with what it was measured on.
+
+    seconds: of the search; the crossovers come after it, about five seconds a layer. Raises CompilationError where nothing is right."""
+    rows = importlib.import_module(f"kernel_pytorch.kernels.{kernel}").ROWS
+    with compile_pool() as pool:
+        search = Search(kernel, [(n, k, m) for n, k in layers for m in rows], seconds, pool, say)
+        results = search.run()
+    for r in results:
+        say(f"{r.n}x{r.k} M={r.m}: {r.us:.2f} us, before {r.before:.2f}")
+    crossover = []
+    for n, k in layers:
+        found = search.crossovers(n, k, {r.m: r.config for r in results if (r.n, r.k) == (n, k)})
+        crossover += found
+        say(f"{n}x{k} no slower up to M: " + ", ".join(f"{row['m']} than {row['against']}" for row in found))
+    return {
+        "kernel": kernel,
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "date": str(datetime.date.today()),
+        "configs": [{"n": r.n, "k": r.k, "m": r.m, "us": round(r.us, 2), "config": dataclasses.asdict(r.config)} for r in results],
+        "crossover": crossover,
+    }

@@ -14,9 +14,6 @@ from kernel_pytorch.precision.matmul.dequantize import Emulate
 from kernel_pytorch.precision.storage import STORAGES
 from kernel_pytorch.schema import ActivationConfig, ActivationGranularity, ActivationMode, WeightConfig
 
-# Up to this many rows the skinny kernels are made for.
-MAX_SKINNY_ROWS = 64
-
 
 @dataclass(frozen=True)
 class InputRange:
@@ -31,14 +28,16 @@ class QuantizedLinear(nn.Module):
 
     Buffers: what the format stores (weight, weight_scale, ...) in the layout of the matmul, bias, and where activations have
     static scales input_scale and input_zero_point. `kernel` names what computes: `reference` is the plain-torch emulation.
+    max_skinny_rows: up to this many rows its kernel for few rows computes, 0 where the matmul has none.
     """
 
     # Buffers that are not the format's own.
-    OWN_BUFFERS = ("bias", "weight_sum", "input_scale", "input_zero_point")
+    OWN_BUFFERS = ("bias", "weight_sum", "weight_channel", "input_scale", "input_zero_point")
 
     weight: torch.Tensor
     weight_scale: torch.Tensor
     weight_sum: torch.Tensor | None
+    weight_channel: torch.Tensor | None
     bias: torch.Tensor | None
     input_scale: torch.Tensor | None
     input_zero_point: torch.Tensor | None
@@ -61,7 +60,7 @@ class QuantizedLinear(nn.Module):
         self.dtype = dtype
         self.per_row = activation.granularity is ActivationGranularity.token
         self.quantizes_activations = activation.mode is not ActivationMode.none
-        self.max_skinny_rows = MAX_SKINNY_ROWS
+        self.max_skinny_rows = 0
 
     @classmethod
     def from_linear(
@@ -108,7 +107,7 @@ class QuantizedLinear(nn.Module):
     ) -> QuantizedLinear:
         """From a format's canonical buffers, as `stored()` gives them, packed for this machine. shape: (out_features, in_features).
         input_scale: scale and zero point of static activations, both float32 []."""
-        matmul = Emulate() if emulate else choose(weight, activation, shape, stored["weight"].device, isa)
+        matmul = Emulate() if emulate else choose(weight, activation, shape, stored, isa)
         module = cls(shape, weight, activation, matmul, dtype=dtype)
         scale, zero_point = input_scale or (None, None)
         for name, buffer in {**dict.fromkeys(cls.OWN_BUFFERS), **matmul.pack(module, stored, bias)}.items():

@@ -74,7 +74,8 @@ def _fake_quantize(rows: torch.Tensor, largest: torch.Tensor, config: WeightConf
         table = _tensor(_ROWS[name], rows)
         if config.granularity is WeightGranularity.channel:
             largest = rows.abs().amax(1, keepdim=True)
-        step = torch.clamp(largest, min=_TINY) / table[-1]
+        # A Python number: a GPU multiplies by its reciprocal, and by a tensor it divides, which rounds elsewhere.
+        step = torch.clamp(largest, min=_TINY) / _ROWS[name][-1]
         return _nearest(rows / step, table) * step
     n, k = rows.shape
     size = {"int4": config.group_size, "nvfp4": 16}.get(name, 32)

@@ -12,7 +12,7 @@ from kernel_pytorch.optimizer import Level, Support
 from kernel_pytorch.schema import ActivationConfig, ActivationGranularity, ActivationMode
 
 # Weight formats whose bytes our Triton kernels unpack for few rows; torch expands the others in every call.
-UNPACKED = ("int8", "float8_e4m3fn", "int4", "nvfp4", "mxfp4")
+UNPACKED = ("int8", "float8_e4m3fn", "nvfp4", "mxfp4")
 # Formats of which `matmul/` multiplies weights with activations.
 MULTIPLIED = ("int8", "float8_e4m3fn", "float8_e4m3fnuz")
 _OWN_FLOAT8 = {"float8_e4m3fn": "fp8_dynamic", "float8_e4m3fnuz": "fp8_dynamic_fnuz"}

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import torch
-
 from kernel_pytorch.kernels import int8_linear
-from kernel_pytorch.precision.matmul.base import HAS_TRITON, Matmul
+from kernel_pytorch.precision.matmul.base import HAS_TRITON, Matmul, Stored
 from kernel_pytorch.precision.matmul.cpu_int8 import CpuInt8
 from kernel_pytorch.precision.matmul.dequantize import Dequantize, Emulate
 from kernel_pytorch.precision.matmul.int8 import MULTIPLE as INT8_MULTIPLE
@@ -20,26 +18,28 @@ from kernel_pytorch.schema import ActivationConfig, ActivationGranularity, Activ
 SKINNY_8_BIT = ("int8", "float8_e4m3fn")
 
 
-def choose(
-    weight: WeightConfig, activation: ActivationConfig, shape: tuple[int, int], device: torch.device, isa: Collection[str]
-) -> Matmul:
-    """shape: (out_features, in_features). isa: the CPU's instruction sets."""
+def choose(weight: WeightConfig, activation: ActivationConfig, shape: tuple[int, int], stored: Stored, isa: Collection[str]) -> Matmul:
+    """shape: (out_features, in_features). stored: the canonical buffers. isa: the CPU's instruction sets."""
     n, k = shape
+    device = stored["weight"].device
     if activation.format == "nvfp4":
         return Emulate()
     if device.type != "cuda":
         return _on_cpu(activation, k, isa) if activation.format == "int8" else Dequantize() if activation.format is None else Emulate()
-    fast = _on_gpu(weight, activation, n) if HAS_TRITON else None
+    fast = _on_gpu(weight, activation, n, stored) if HAS_TRITON else None
     if fast is not None:
         return fast
     return Dequantize() if activation.format is None else Int8Mm() if activation.format == "int8" else ScaledMm()
 
 
-def _on_gpu(weight: WeightConfig, activation: ActivationConfig, n: int) -> Matmul | None:
+def _on_gpu(weight: WeightConfig, activation: ActivationConfig, n: int, stored: Stored) -> Matmul | None:
     """What reads packed bytes for few rows; None for formats and widths that have no such kernel."""
     # Triton is not on every platform; nothing else here needs it.
+    from kernel_pytorch.precision.matmul import skinny4
     from kernel_pytorch.precision.matmul.skinny import SkinnyQuantized, SkinnyWeightOnly
 
+    if skinny4.fits(weight, activation, stored):
+        return skinny4.Skinny4()
     if weight.format not in SKINNY_8_BIT:
         return None
     if activation.mode is ActivationMode.none:

@@ -21,10 +21,17 @@ HALF = (torch.bfloat16, torch.float16)
 
 class Skinny(Matmul):
     """8-bit weights in the layout of `skinny_w8a16.pack`. The road is chosen by the number of rows, so a compiled model
-    has one graph a side of the crossover."""
+    has one graph a side of the crossover.
+
+    against: the road of many rows, as the tables of measured crossovers name it."""
+
+    against: str
 
     def pack(self, layer: QuantizedLinear, stored: Stored, bias: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
         codes = stored["weight"]
+        # One row too: on an H200 the kernel beat Inductor's own product of one row on three of four Llama-3-8B layers, was 8 % behind
+        # on 6144 x 4096, and Inductor needs mode="max-autotune" for it; by default it converts the whole weight, 34 us for 8.
+        layer.max_skinny_rows = skinny_w8a16.crossover(layer.out_features, layer.in_features, codes.device, self.against)
         has_zero_points = layer.quantizes_activations and codes.dtype == torch.int8 and not layer.activation.symmetric
         return {
             "weight": skinny_w8a16.pack(codes),
@@ -51,7 +58,7 @@ class Skinny(Matmul):
 
 
 class SkinnyWeightOnly(Skinny):
-    name = "skinny_w8a16+dequantize"
+    name, against = "skinny_w8a16+dequantize", "dequantize"
 
     def _few(self, layer: QuantizedLinear, rows: torch.Tensor) -> torch.Tensor:
         return skinny_w8a16.linear(rows, layer.weight, layer.weight_scale, layer.bias, format=layer.format)
@@ -72,7 +79,7 @@ class SkinnyQuantized(Skinny):
     exact in 16 bits, so few rows take the same kernel with the row scales on its float32 sums."""
 
     def __init__(self, dense: str) -> None:
-        self.name = f"skinny_w8a16+{dense}"
+        self.name, self.against = f"skinny_w8a16+{dense}", dense
 
     def _few(self, layer: QuantizedLinear, rows: torch.Tensor) -> torch.Tensor:
         codes, scale, offset = quantize_input(layer, rows)

@@ -399,7 +399,8 @@ class TestOnGpu:
             return rows.q.float() * rows.scale[:, None] + gated.q * gated.scale[:, None] + plain.q.float() * plain.scale[:, None]
 
         expected = chain(x)
-        assert torch.equal(torch.compile(chain, fullgraph=True)(x), expected)
+        # The compiler contracts the products and sums around the operators.
+        torch.testing.assert_close(torch.compile(chain, fullgraph=True)(x), expected, rtol=1e-5, atol=1e-5)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             y = chain(x)

@@ -80,7 +80,7 @@ def test_kernels_are_named() -> None:
         "e5m2_weight_only": "dequantize",
         "nvfp4": "skinny_w4a16+dequantize",
         "mxfp4": "skinny_w4a16+dequantize",
-        "int4": "skinny_w4a16+dequantize",
+        "int4": "dequantize",
         "mxfp6": "dequantize",
         "mxfp8": "dequantize",
     }
