@@ -108,7 +108,7 @@ def device(index: int) -> Device:
 
 def choose(k: int, on: Device) -> Config:
     """Narrow rows several a program; wide ones by as many warps as hold them in registers."""
-    block = max(16, triton.next_power_of_2(k))
+    block = max(16, int(triton.next_power_of_2(k)))
     rows = max(1, 2048 // block)
     return Config(rows, block, max(1, min(32, rows * block // 1024)), on.dependent_launch)
 

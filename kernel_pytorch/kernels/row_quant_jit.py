@@ -1,7 +1,8 @@
 """Triton kernels of row_quant: a program holds whole rows in registers, so each is read once, however many passes its codes need."""
 
 # Triton evaluates constexpr and tl.extra.cuda while it compiles; their annotations say otherwise.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import triton
