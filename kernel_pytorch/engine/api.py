@@ -56,6 +56,7 @@ def optimize(
     kwargs: Mapping[str, Any] | None = None,
     overrides: Sequence[str] = (),
     held_out: Sequence[Call] = (),
+    calibration: Sequence[Call] = (),
     trained: bool = True,
     measure: bool = True,
     inplace: bool = False,
@@ -63,7 +64,8 @@ def optimize(
     """Applies a recipe to `model`, verifies the result against the untouched model and measures it.
 
     recipe: a name, a file, or a loaded Recipe. args, kwargs: one call of the model, used for timing and, without `held_out`,
-    for verification. held_out: more calls, `(args, kwargs)` each, that verification uses instead. overrides: as on the
+    for verification. held_out: more calls, `(args, kwargs)` each, that verification uses instead. calibration: calls that static
+    scales and allocations are measured on, else the one call. overrides: as on the
     command line (`graph=none`). trained: False for random weights, where quality is reported and does not gate.
     measure: False skips the timing. inplace: change `model` itself instead of a clone that shares its parameters.
 
@@ -79,7 +81,7 @@ def optimize(
     composed = compose([f"+recipe={name}", *overrides, *([] if measure else ["measure=off"])])
     report = Report(recipe=recipe_facts(composed))
     backend, resolution = _resolve_for(model, composed.config.backend)
-    workload = CallWorkload(args, dict(kwargs or {}), held_out=list(held_out) or None)
+    workload = CallWorkload(args, dict(kwargs or {}), held_out=list(held_out) or None, calibration=list(calibration) or None)
     workload.trained = trained
     original = restore.describe_model(model)
     with _Attach(report, backend):
