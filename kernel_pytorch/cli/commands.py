@@ -47,6 +47,12 @@ def _doctor(words: list[str]) -> int:
     return doctor(words)
 
 
+def _tune(words: list[str]) -> int:
+    from kernel_pytorch.cli.tune import tune
+
+    return tune(words)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "list": _list,
     "describe": _describe,
@@ -55,4 +61,5 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "validate": _validate,
     "copy": _copy,
     "doctor": _doctor,
+    "tune": _tune,
 }

@@ -27,6 +27,7 @@ commands:
   validate NAME|FILE ...    check recipes, all errors at once
   copy RECIPE DEST          a recipe as a file to edit
   doctor                    what this machine can do
+  tune                      measure the kernels for few rows on this GPU
 
 groups (`describe GROUP` lists the options):
   of a recipe               backend attention fusion precision memory compile graph
@@ -103,5 +104,18 @@ What this machine has and can do: hardware, software, and for every option nativ
 unsupported, with the reason.
 
 --measure   also times memory and matmuls, which takes seconds
+""",
+    "tune": """\
+usage: kernel-pytorch tune [--kernel NAME] [--layer NxK ...] [--seconds S] [--out FILE]
+
+Searches the fastest configuration of the kernels that multiply few rows by 8-bit or 4-bit weights,
+for 1 to 64 rows on this GPU, and how many rows they are used for. Runs of this machine read the
+table from then on, before the one that is shipped for this GPU. Exit 3 without a GPU.
+
+--kernel NAME   skinny_w8a16, skinny_w4a16 or all, the default
+--layer NxK     out features x in features of a linear layer; may be repeated; without it the four
+                of Llama-3-8B
+--seconds S     time for one kernel's search, 150; crossovers take about 5 s a layer more
+--out FILE      write there and not to kernel_pytorch/tuned in the user's cache folder
 """,
 }

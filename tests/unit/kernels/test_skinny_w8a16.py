@@ -105,8 +105,8 @@ def test_budget_rejects_a_wrong_kernel():
 
 def test_measured_configurations_cover_the_llama_layers_at_every_m():
     for n, k in op.LLAMA:
-        assert {m for (rows_n, rows_k, m) in op.tuned("NVIDIA H200") if (rows_n, rows_k) == (n, k)} == {1, 8, 16, 32, 64}
-        assert op.choose(2, n, k, H200) == op.tuned("NVIDIA H200")[n, k, 8]
+        assert {m for (rows_n, rows_k, m) in op.tuned("NVIDIA H200") if (rows_n, rows_k) == (n, k)} == set(op.ROWS)
+        assert op.choose(3, n, k, H200) == op.tuned("NVIDIA H200")[n, k, 4]
         assert op.choose(1, n, k, H200).slices == 0
 
 
