@@ -21,6 +21,7 @@ TARGETS: dict[str, Target] = {
     "kernel_pytorch.backends.nvidia.NvidiaBackend": Target("backend", ("hardware", "on_mismatch")),
     "kernel_pytorch.backends.amd.AmdBackend": Target("backend", ("hardware", "on_mismatch")),
     "kernel_pytorch.attention.sdpa.SdpaBackendChoice": Target("attention", ("backend",)),
+    "kernel_pytorch.attention.decode.DecodeAttention": Target("attention", ()),
     "kernel_pytorch.fusion.projections.FuseProjections": Target("fusion", ("include", "exclude")),
     "kernel_pytorch.precision.cast.Cast": Target("precision", ("dtype",)),
     "kernel_pytorch.precision.tf32.Tf32Matmul": Target("precision", ()),
