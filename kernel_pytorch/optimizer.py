@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from kernel_pytorch.errors import NoEffectError
+from kernel_pytorch.errors import NoEffectError, UnsupportedOperationError
 
 if TYPE_CHECKING:
     from kernel_pytorch.backends.base import Backend
@@ -120,6 +120,11 @@ class Workload(ABC):
         """Runs `model` on up to `num_calls` calibration inputs, which verification and timing never see."""
         for _ in range(num_calls):
             self.probe(model)
+
+    def calibration_rows(self, model: nn.Module, num_calls: int) -> Iterator[torch.Tensor]:
+        """Runs `model` as `calibrate` does, a call a step, and yields the [rows, D] view of each output where it lies, in the
+        model's dtype, with its gradient where gradients are on. Raises UnsupportedOperationError where there is no view."""
+        raise UnsupportedOperationError(f"{type(self).__name__} has no view of the outputs of calibration calls")
 
 
 @dataclass(frozen=True)

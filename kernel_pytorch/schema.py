@@ -154,7 +154,7 @@ class ActivationConfig:
     mode: Annotated[
         ActivationMode, Field(description="none computes in the model's dtype; dynamic scales each call; static by calibration, once")
     ] = ActivationMode.none
-    format: Annotated[Optional[ActivationFormat], Field(description="number format of the activations; null when mode is none")] = None
+    format: Annotated[Optional[ActivationFormat], Field(description="number format of the activations; null with mode none")] = None
     granularity: Annotated[ActivationGranularity, Field(description="what shares one scale")] = ActivationGranularity.token
     symmetric: Annotated[bool, Field(description="false gives int8 a zero point beside each scale: one-sided values use all 256 codes")] = (
         True
@@ -202,8 +202,8 @@ class PrecisionConfig(GroupConfig):
         found = (self.activation.mode, self.activation.granularity)
         if self.activation.format == "nvfp4" and found != (ActivationMode.dynamic, ActivationGranularity.tensor):
             raise ValueError(
-                f"activation.format=nvfp4 with mode={found[0].value} and granularity={found[1].value}: beside the scales of its blocks it has"
-                " one of the tensor, from each call; use mode dynamic and granularity tensor"
+                f"activation.format=nvfp4 with mode={found[0].value} and granularity={found[1].value}: beside its blocks' scales it"
+                " has one of the tensor, from each call; use mode dynamic and granularity tensor"
             )
         return self
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from kernel_pytorch.models.views import all_tensors, output_rows, spread_rows, to_rows
+from kernel_pytorch.models.views import CALIBRATION_ROWS, all_tensors, flat_rows, output_rows, spread_rows, to_rows
 from kernel_pytorch.optimizer import Workload
 
 # Rows of one call that are compared at most, unless more are asked for.
@@ -72,6 +72,11 @@ class CallWorkload(Workload):
         for inputs in self._calibration[:num_calls]:
             args, kwargs = _own(inputs)
             model(*args, **kwargs)
+
+    def calibration_rows(self, model: nn.Module, num_calls: int) -> Iterator[torch.Tensor]:
+        for inputs in self._calibration[:num_calls]:
+            args, kwargs = _own(inputs)
+            yield spread_rows(flat_rows(output_rows(model(*args, **kwargs))), CALIBRATION_ROWS)
 
 
 def _own(inputs: Inputs) -> Inputs:

@@ -16,7 +16,7 @@ from kernel_pytorch.models.llama import Llama, LlamaConfig
 from kernel_pytorch.models.source import Loaded, ModelSource, check_preset, torch_dtype
 from kernel_pytorch.models.text import DataSource, Parts, RandomTokens, Vocabulary
 from kernel_pytorch.models.tokens import TokenWorkload
-from kernel_pytorch.models.views import to_rows, token_rows
+from kernel_pytorch.models.views import flat_rows, to_rows, token_rows
 from kernel_pytorch.optimizer import Workload
 from kernel_pytorch.schema import Phase
 
@@ -173,7 +173,11 @@ class DecodeWorkload(Workload):
         return self._step(model, next(self._parts.held_out()).ids[:, :1], self.length)
 
     def calibrate(self, model: nn.Module, num_calls: int) -> None:
+        for _ in self.calibration_rows(model, num_calls):
+            pass
+
+    def calibration_rows(self, model: nn.Module, num_calls: int) -> Iterator[torch.Tensor]:
         for index, tokens in enumerate(self._parts.calibration(-(-num_calls // self.length))):
             self._begin(model, "calibration", self._seed + index)
             for step in range(min(self.length, num_calls - index * self.length)):
-                self._step(model, tokens.ids[:, step : step + 1], step)
+                yield flat_rows(self._step(model, tokens.ids[:, step : step + 1], step))

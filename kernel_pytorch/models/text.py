@@ -56,7 +56,7 @@ class Parts(ABC):
 
     @abstractmethod
     def calibration(self, num_batches: int) -> Iterator[Tokens]:
-        """Batches for steps that watch the model work."""
+        """Up to `num_batches` batches for steps that watch the model work: as many as there are."""
 
 
 class DataSource(ABC):
@@ -151,7 +151,8 @@ class _SentenceParts(Parts):
         return f"{self._origin} ({len(self._held_out)} of its {self._total} distinct sentences are held out)"
 
     def calibration(self, num_batches: int) -> Iterator[Tokens]:
-        for index in range(num_batches):
+        # A sentence twice shows nothing new.
+        for index in range(min(num_batches, -(-len(self._calibration) // self.batch))):
             yield self._batch(self._calibration, index * self.batch, self.batch)
 
 

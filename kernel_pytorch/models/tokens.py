@@ -10,7 +10,7 @@ from torch import nn
 
 from kernel_pytorch.errors import ConfigError
 from kernel_pytorch.models.text import Parts, Tokens
-from kernel_pytorch.models.views import spread_rows, to_rows
+from kernel_pytorch.models.views import CALIBRATION_ROWS, spread_rows, to_rows
 from kernel_pytorch.optimizer import Workload
 
 View = Callable[[Any, torch.Tensor], torch.Tensor]
@@ -92,3 +92,7 @@ class TokenWorkload(Workload):
     def calibrate(self, model: nn.Module, num_calls: int) -> None:
         for tokens in self._parts.calibration(num_calls):
             self._run(model, tokens)
+
+    def calibration_rows(self, model: nn.Module, num_calls: int) -> Iterator[torch.Tensor]:
+        for tokens in self._parts.calibration(num_calls):
+            yield spread_rows(self._view(self._run(model, tokens), tokens.mask), max(self.batch, CALIBRATION_ROWS))

@@ -10,6 +10,9 @@ import torch
 
 from kernel_pytorch.errors import ConfigError
 
+# Rows of one calibration call that are compared at most: those of all calls are kept at once.
+CALIBRATION_ROWS = 64
+
 
 def all_tensors(value: Any) -> Iterator[torch.Tensor]:
     """The tensors of a nested value, in order: tensors, mappings, sequences and dataclasses."""
@@ -27,17 +30,22 @@ def all_tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def first_floating(output: Any) -> torch.Tensor:
-    """The first floating-point tensor of a nested output. Raises ConfigError when there is none to compare."""
+    """The first floating-point tensor of a nested output, with its gradient where it has one. Raises ConfigError when there is
+    none to compare."""
     for tensor in all_tensors(output):
         if tensor.is_floating_point():
-            return tensor.detach()
+            return tensor
     raise ConfigError(f"the model returned {type(output).__name__} without a floating-point tensor; there is nothing to verify")
 
 
 def to_rows(tensor: torch.Tensor) -> torch.Tensor:
     """[..., D] as [rows, D] float32 on the CPU; a scalar or a vector is one row."""
-    width = tensor.shape[-1] if tensor.dim() else 1
-    return tensor.detach().reshape(-1, width).float().cpu()
+    return flat_rows(tensor.detach()).float().cpu()
+
+
+def flat_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """[..., D] as [rows, D]; a scalar or a vector is one row."""
+    return tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
 
 
 def output_rows(output: Any) -> torch.Tensor:
@@ -48,7 +56,7 @@ def output_rows(output: Any) -> torch.Tensor:
     if first.dim() == 0:
         return first
     alike = [
-        tensor.detach().to(first.device)
+        tensor.to(first.device)
         for tensor in all_tensors(output)
         if tensor.is_floating_point() and tensor.dim() == first.dim() and tensor.shape[:-1] == first.shape[:-1]
     ]

@@ -15,6 +15,7 @@ from kernel_pytorch.backends.base import Backend
 from kernel_pytorch.errors import ConfigError, NoEffectError
 from kernel_pytorch.kernels import int8_linear
 from kernel_pytorch.optimizer import Applied, Change, Context, Level, Optimizer, Portable, Skipped, Support, replace_module, select_modules
+from kernel_pytorch.precision.allocation import allocate
 from kernel_pytorch.precision.calibration import observe_ranges
 from kernel_pytorch.precision.portable import from_portable, to_portable
 from kernel_pytorch.precision.quantized_linear import InputRange, QuantizedLinear
@@ -133,7 +134,9 @@ class QuantizeLinears(Optimizer):
         """The format of each layer: the scheme's own, what `weight.assign` says, or what fits the budget best."""
         if self.allocation.strategy is None:
             return assigned_formats(model, linears, self.weight)
-        raise ConfigError("precision.allocation.strategy: this version stores all layers in weight.format")
+        found = allocate(model, linears, self.weight, self.allocation, context.workload, context.seed)
+        details.update(found.details())
+        return found.formats
 
     def _details(self, changes: list[Change], context: Context) -> dict[str, str]:
         if any(change.kernel == "int8_mm" for change in changes) and context.backend.vendor == "cpu":

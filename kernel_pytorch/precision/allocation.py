@@ -1,0 +1,164 @@
+"""Mixed formats under a budget of bits: scores, an exact choice over true bytes, and the result as a recipe that anyone can edit."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernel_pytorch.errors import ConfigError
+from kernel_pytorch.optimizer import Workload
+from kernel_pytorch.precision.budget import solve
+from kernel_pytorch.precision.scores import Linears, Scorer
+from kernel_pytorch.precision.storage import STORAGES
+from kernel_pytorch.schema import AllocationConfig, AllocationStrategy, WeightConfig
+
+MEASURED = (AllocationStrategy.layer_adaptive, AllocationStrategy.content_adaptive)
+# What ranks the groups whose sensitivity is not measured.
+PRIOR = AllocationStrategy.gradient_weighted
+
+
+@dataclass(frozen=True)
+class PrecisionStats:
+    """Bytes of the allocated weights, scales included, before and after. formats: weights (values) by format.
+    forwards: calibration passes of the whole model that the scores took. seconds: of all of it."""
+
+    original_bytes: int
+    bytes: int
+    formats: dict[str, int]
+    forwards: int
+    seconds: float
+
+    @property
+    def effective_bits(self) -> float:
+        return 8 * self.bytes / sum(self.formats.values())
+
+    @property
+    def memory_reduction_ratio(self) -> float:
+        return self.original_bytes / self.bytes
+
+    @property
+    def format_usage_distribution(self) -> dict[str, float]:
+        total = sum(self.formats.values())
+        return {name: count / total for name, count in self.formats.items()}
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """formats: by layer. losses: of each group, by format; what the choice was made from."""
+
+    formats: dict[str, str]
+    losses: dict[tuple[str, ...], dict[str, float]]
+    stats: PrecisionStats
+
+    def assign(self) -> list[str]:
+        """Entries for `precision.weight.assign`: layers that are not in the most used format."""
+        base = self.base
+        return [f"{name}={format}" for name, format in self.formats.items() if format != base]
+
+    @property
+    def base(self) -> str:
+        return max(self.stats.formats, key=lambda name: self.stats.formats[name])
+
+    def fragment(self) -> str:
+        """The result as a recipe's `precision` block: re-run without calibration, edited by hand."""
+        stats = self.stats
+        lines = [
+            f"# {stats.effective_bits:.3f} bits a weight, {stats.bytes:,} bytes, {stats.forwards} forwards of calibration",
+            "precision:",
+            "  allocation: {strategy: null, effective_bits: null, formats: []}",
+            "  weight:",
+            f"    format: {self.base}",
+            "    assign:" if self.assign() else "    assign: []",
+        ]
+        return "\n".join([*lines, *(f'      - "{text}"' for text in self.assign())]) + "\n"
+
+    def details(self) -> dict[str, Any]:
+        """For the receipt: JSON types."""
+        stats = self.stats
+        return {
+            "effective_bits": round(stats.effective_bits, 4),
+            "format_usage": ", ".join(f"{name} {share:.1%}" for name, share in stats.format_usage_distribution.items()),
+            "calibration_forwards": stats.forwards,
+            "allocation_s": round(stats.seconds, 2),
+            "losses": [{"layers": list(group), **row} for group, row in self.losses.items()],
+            "recipe_fragment": self.fragment().splitlines(),
+        }
+
+
+def allocate(
+    model: nn.Module, linears: Linears, weight: WeightConfig, config: AllocationConfig, workload: Workload, seed: int = 0
+) -> Allocation:
+    """The format of each layer that loses least, by the strategy, within `effective_bits` bits a weight over all of `linears`.
+
+    Raises ConfigError when no choice fits, with the range that can be reached."""
+    assert config.strategy is not None
+    began = time.perf_counter()
+    scorer = Scorer(model, linears, weight, workload, config.num_calibration_calls, seed)
+    groups = scorer.groups()
+    formats = list(dict.fromkeys(config.formats))
+    costs = [[sum(_bytes(linears[name], format, weight) for name in group) for format in formats] for group in groups]
+    losses = _losses(scorer, groups, formats, costs, config, _capacity(linears, config, costs))
+    chosen = solve(losses, costs, _capacity(linears, config, costs))
+    by_layer = {name: formats[option] for group, option in zip(groups, chosen, strict=True) for name in group}
+    counts = Counter[str]()
+    for name, format in by_layer.items():
+        counts[format] += linears[name].weight.numel()
+    spent = sum(costs[group][option] for group, option in enumerate(chosen))
+    original = sum(linears[name].weight.nbytes for name in by_layer)
+    stats = PrecisionStats(original, spent, dict(counts), scorer.forwards, time.perf_counter() - began)
+    table = {group: dict(zip(formats, row, strict=True)) for group, row in zip(groups, losses, strict=True)}
+    return Allocation({name: by_layer[name] for name in linears}, table, stats)
+
+
+def _bytes(linear: nn.Linear, format: str, weight: WeightConfig) -> int:
+    return STORAGES[format].nbytes(linear.out_features, linear.in_features, replace(weight, format=format, assign=[]))
+
+
+def _capacity(linears: Linears, config: AllocationConfig, costs: Sequence[Sequence[int]]) -> int:
+    assert config.effective_bits is not None
+    num_weights = sum(linear.weight.numel() for linear in linears.values())
+    capacity = int(config.effective_bits * num_weights / 8)
+    least = 8 * sum(min(row) for row in costs) / max(num_weights, 1)
+    if capacity < sum(min(row) for row in costs):
+        most = 8 * sum(max(row) for row in costs) / num_weights
+        raise ConfigError(
+            f"precision.allocation.effective_bits: found {config.effective_bits:g}; {', '.join(config.formats)} with their scales"
+            f" reach from {math.ceil(least * 1000) / 1000:g} to {most:.3f} bits a weight on this model"
+        )
+    return capacity
+
+
+def _losses(
+    scorer: Scorer,
+    groups: list[tuple[str, ...]],
+    formats: list[str],
+    costs: list[list[int]],
+    config: AllocationConfig,
+    capacity: int,
+) -> list[list[float]]:
+    """Losses by group and format. Where sensitivity is measured for a share of the groups only, those are taken whose decision the
+    prior leaves most open, and the others' losses are the prior's, brought to the measured ones' size."""
+    strategy = config.strategy
+    assert strategy is not None
+    if strategy not in MEASURED or config.sensitivity_share == 1:
+        return [scorer.losses(strategy, group, formats) for group in groups]
+    prior = [scorer.losses(PRIOR, group, formats) for group in groups]
+    least, most = (min if sign > 0 else max for sign in (1, -1))
+    cheap = [row.index(least(row)) for row in costs]
+    dear = [row.index(most(row)) for row in costs]
+    rates = [max(prior[g][cheap[g]] - prior[g][dear[g]], 0.0) / max(costs[g][dear[g]] - costs[g][cheap[g]], 1) for g in range(len(groups))]
+    chosen = solve(prior, costs, capacity)
+    upgraded = [rates[g] for g in range(len(groups)) if chosen[g] != cheap[g]]
+    boundary = min(upgraded, default=max(rates))
+    order = sorted(range(len(groups)), key=lambda g: abs(math.log(max(rates[g], 1e-300) / max(boundary, 1e-300))))
+    measured = {g: scorer.losses(strategy, groups[g], formats) for g in order[: max(1, round(config.sensitivity_share * len(groups)))]}
+    sizes = [measured[g][option] / prior[g][option] for g in measured for option in range(len(formats)) if prior[g][option] > 0]
+    size = torch.tensor(sizes).median().item() if sizes else 1.0
+    return [measured.get(g, [loss * size for loss in prior[g]]) for g in range(len(groups))]
