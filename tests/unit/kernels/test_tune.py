@@ -50,11 +50,11 @@ SPACE = tune.Space(
 
 
 class Clock:
-    """Time by what is called: a launch costs its configuration's number, the other road 6 + M / 10."""
+    """Time by what is called: a launch costs its configuration's number, the other road 6 + M / 20."""
 
     def cost(self, call) -> float:
         config = next((argument for argument in call.args if isinstance(argument, Config)), None)
-        return 6 + len(call.args[-1]) / 10 if config is None else config.cost * max(1, len(call.args[0]) / 64)
+        return 6 + len(call.args[-1]) / 20 if config is None else config.cost * max(1, len(call.args[0]) / 64)
 
 
 @pytest.fixture
@@ -125,18 +125,47 @@ def test_a_variant_is_compiled_once_for_all_keys(searched):
     assert pool.asked == 2
 
 
-@pytest.mark.parametrize(("cost", "most"), [(7.0, 64), (5.0, 64), (9.0, 0), (0.01, 1024), (3.5, 192)])
-def test_crossover_is_the_last_row_count_at_which_the_kernel_is_no_slower(searched, cost, most):
-    # Ours costs `cost` a block of 64 rows, the other road 6 + M / 10.
-    expected = 0
-    for m in tune.CROSSOVER_ROWS:
-        if cost * max(1, m / 64) > 6 + m / 10:
-            break
-        expected = m
+@pytest.mark.parametrize(("cost", "most", "last"), [(7.0, 0, 8), (5.0, 192, 256), (1.0, 1024, 1024)])
+def test_crossover_is_the_last_row_count_at_which_the_kernel_is_no_slower(searched, cost, most, last):
+    """Ours costs `cost` for each 64 rows begun after the first, the other road 6 + M / 20."""
     found, _ = search([], None)
     (row,) = found.crossovers(8, 16, {1: Config(99.0), 64: Config(cost)})
-    assert (row["n"], row["k"], row["against"], row["m"]) == (8, 16, "other", expected)
-    assert expected in (most, expected)
-    assert list(row["us"])[-1] == tune.CROSSOVER_ROWS[-1] or list(row["us"].values())[-1][0] > list(row["us"].values())[-1][1]
+    assert (row["n"], row["k"], row["against"], row["m"]) == (8, 16, "other", most)
+    assert list(row["us"])[-1] == last
+    assert row["us"][8] == (cost, 6.4)
+
+
+def test_crossover_needs_a_configuration(searched):
     with pytest.raises(ValueError, match="no configuration given"):
-        found.crossovers(8, 16, {})
+        search([], None)[0].crossovers(8, 16, {})
+
+
+@pytest.mark.parametrize("m", op.ROWS)
+@pytest.mark.parametrize(("n", "k"), [*op.LLAMA, (96, 200)])
+def test_the_space_of_8_bit_weights_begins_with_the_configuration_in_use(m, n, k):
+    found = spaces.candidates(m, n, k, CPU)
+    assert found[0] == op.choose(m, n, k, op.device(None))
+    assert len(found) == len(set(found)) > 1
+    # Above one row there is no kernel without the matrix unit.
+    assert m == 1 or all(config.slices for config in found)
+    near = spaces.neighbours(found[-1], m, n, k, CPU)
+    assert near
+    assert all(config != found[-1] for config in near if config.slices)
+
+
+def test_code_is_shared_between_shapes_that_no_tile_cuts():
+    config = op.Config(64, 256, 1, 4, 4, 3)
+    assert spaces.variant(config, 5, 4096, 4096) == spaces.variant(config, 8, 6144, 14336)
+    assert spaces.variant(config, 5, 4096, 4096) == spaces.variant(replace(config, split=2), 5, 4096, 4096)
+    assert spaces.variant(config, 5, 4096, 4096) != spaces.variant(config, 5, 4096, 4100)
+    assert spaces.variant(config, 5, 4096, 4096) != spaces.variant(config, 9, 4096, 4096)
+
+
+@pytest.mark.parametrize(("space", "most"), [(spaces.SPACE, 0.03), (spaces.INT8, 0.01)])
+def test_stored_weights_and_both_roads_compute_the_product(space, most):
+    torch.manual_seed(0)
+    weight, x = torch.randn(48, 256), torch.randn(32, 256)
+    stored = space.store(weight)
+    exact = x.double() @ weight.double().t()
+    for y in (space.reference(x, stored), *(make(stored)(x) for name, make in space.against.items() if name == "dequantize")):
+        assert 0.001 < tune.relative_error(y, exact) < most
