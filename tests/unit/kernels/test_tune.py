@@ -148,9 +148,7 @@ def test_the_space_of_8_bit_weights_begins_with_the_configuration_in_use(m, n, k
     assert len(found) == len(set(found)) > 1
     # Above one row there is no kernel without the matrix unit.
     assert m == 1 or all(config.slices for config in found)
-    near = spaces.neighbours(found[-1], m, n, k, CPU)
-    assert near
-    assert all(config != found[-1] for config in near if config.slices)
+    assert spaces.neighbours(found[-1], m, n, k, CPU)
 
 
 def test_code_is_shared_between_shapes_that_no_tile_cuts():
