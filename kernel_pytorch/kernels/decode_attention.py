@@ -9,11 +9,12 @@ B batch, H query heads, K key heads, G = H / K, T query tokens, S keys, D head d
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from kernel_pytorch.kernels.device import Device, device
 
 # (B, H, K, T, S, D) that tests and the benchmark share: one Llama-3-8B layer with its G query heads where tokens would be, the same
 # with grouped heads, then odd lengths, head widths that are no power of two, several tokens, one key.
@@ -43,24 +44,6 @@ class Config:
     num_stages: int
     scan: bool
     overlap: str = "none"
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the choice depends on. shared: bytes of shared memory one program may take. dependent_launch: programmatic dependent
-    launch exists."""
-
-    name: str
-    processors: int
-    shared: int
-    dependent_launch: bool
-
-
-@functools.cache
-def device(index: int) -> Device:
-    facts = torch.cuda.get_device_properties(index)
-    shared = getattr(facts, "shared_memory_per_block_optin", 65536)
-    return Device(facts.name, facts.multi_processor_count, shared, torch.version.hip is None and facts.major >= 9)
 
 
 def padded(n: int) -> int:
@@ -180,7 +163,7 @@ def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn
     b, h, t, d = query.shape
     num_kv_heads = key.shape[1]
     # Without a GPU only Triton's interpreter runs this.
-    on = device(query.device.index) if query.is_cuda else Device("cpu", 1, 65536, False)
+    on = device(query.device.index)
     num_tiles = b * num_kv_heads * max(1, -(-h * t // (num_kv_heads * MAX_ROWS)))
     with torch.cuda.device_of(query):
         return launch(query, key, value, attn_mask, scale, choose(max(1, num_tiles), key.shape[2], d, on))

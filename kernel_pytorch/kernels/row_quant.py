@@ -9,7 +9,6 @@ M rows, K columns.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ import triton.language as tl
 from torch.nn import functional as F
 
 from kernel_pytorch.kernels import row_quant_jit as jit
+from kernel_pytorch.kernels.device import Device, device
 
 # (M, K) that tests and the benchmark share: Llama widths from one row up, then odd widths, narrow ones, no rows.
 LLAMA = tuple((m, k) for k in (4096, 8192, 14336) for m in (1, 16, 128, 1024, 8192))
@@ -91,21 +91,6 @@ class Config:
     overlap: bool
 
 
-@dataclass(frozen=True)
-class Device:
-    """native: an instruction rounds float32 to float8. dependent_launch: programmatic dependent launch exists."""
-
-    native: bool
-    dependent_launch: bool
-
-
-@functools.cache
-def device(index: int) -> Device:
-    facts = torch.cuda.get_device_properties(index)
-    cuda, arch = torch.version.hip is None, (facts.major, facts.minor)
-    return Device(cuda and arch >= (8, 9), cuda and arch >= (9, 0))
-
-
 def choose(k: int, on: Device) -> Config:
     """Narrow rows several a program; wide ones by as many warps as hold them in registers."""
     block = max(16, int(triton.next_power_of_2(k)))
@@ -144,7 +129,7 @@ def launch(
     if m == 0:
         return
     # Without a GPU only Triton's interpreter runs this.
-    on = on or (device(q.device.index) if q.is_cuda else Device(False, False))
+    on = on or device(q.device.index)
     config = config or choose(k, on)
     extra = {"launch_pdl": True} if config.overlap else {}
     with torch.cuda.device_of(q):
@@ -157,7 +142,7 @@ def launch(
             *rest,
             FORMAT=format,
             SYMMETRIC=symmetric,
-            NATIVE=on.native,
+            NATIVE=on.convert_fp8,
             ROWS=config.rows,
             BLOCK=config.block,
             EVEN=k == config.block,

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 from kernel_pytorch.kernels import skinny_w4a16_jit as jit
-from kernel_pytorch.kernels import tables
+from kernel_pytorch.kernels import split_k_jit, tables
+from kernel_pytorch.kernels.device import Device, device
 
 # (M, N, K) that tests and the benchmark share: Llama-3-8B's decode linears, then widths that no tile divides, one row, no rows.
 LLAMA = tuple((n, k) for n, k in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)))
@@ -31,12 +32,14 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 SIGNS, MAGNITUDES = (15, 9, 10, 14), (6, 0, 3, 11)
 # A scale code is an exponent over -21 and three mantissa bits: E4M3's range with its subnormals made normal.
 _EXPONENT_BIAS, _TOP_EXPONENT = 21, 29
-# Below it, times 2 ** -8, a product of f16 loses bits.
+# The kernel's values are this much too small, so that f16 holds them.
+_VALUE_SCALE = 2.0**-8
+# Below it such a value loses bits in f16.
 _LEAST_EXPONENT = 7
 
 # Triton's launcher takes plain values where the kernel's signature says constexpr.
 _tile: Any = jit.tile
-_sum_splits: Any = jit.sum_splits
+_sum_splits: Any = split_k_jit.sum_splits
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class Config:
 
 
 class Packed(NamedTuple):
-    """words: int32 [N, W]. scales: int8 [N, W], a code a word. channel: float32 [N], what the sums are multiplied by."""
+    """words: int32 [N, W]. scales: int8 [N, W], a code a word. channel: float32 [N], what the kernel's sums are multiplied by:
+    the tensor's or row's scale times 2 ** 8, since the kernel computes with values times 2 ** -8."""
 
     words: torch.Tensor
     scales: torch.Tensor
@@ -78,13 +82,13 @@ def pack(codes: torch.Tensor, scale: torch.Tensor, format: str, global_scale: to
         assert global_scale is not None, "nvfp4 has a scale of the tensor"
         mantissa, exponent = torch.frexp(scale.float())
         found = ((exponent + (_EXPONENT_BIAS - 1)) << 3) + (mantissa * 16 - 8).to(torch.int32)
-        channel = global_scale.float().reshape(1).expand(n).contiguous()
+        channel = (global_scale.float() / _VALUE_SCALE).reshape(1).expand(n).contiguous()
     else:
         exponents = scale.to(torch.int32)
         largest = exponents.amax(dim=1, keepdim=True)
         found = (exponents - largest + _TOP_EXPONENT) << 3
         channel = torch.ldexp(torch.ones_like(largest[:, 0], dtype=torch.float64), largest[:, 0] - 127 - _TOP_EXPONENT + _EXPONENT_BIAS)
-        channel = channel.float()
+        channel = (channel / _VALUE_SCALE).float()
     scales = found.to(torch.uint8).view(torch.int8).repeat_interleave(BLOCK[format] // VALUES_A_WORD, dim=1)
     return Packed(words.contiguous(), scales.contiguous(), channel)
 
@@ -99,8 +103,8 @@ def fits(scale: torch.Tensor, format: str) -> bool:
     return inside and bool((exponents.amax(dim=1) - exponents.amin(dim=1) <= _TOP_EXPONENT - _LEAST_EXPONENT).all())
 
 
-def unpack(packed: Packed, format: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The codes and scales that `pack` was given."""
+def unpack(packed: Packed, format: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The codes, scales and global scale that `pack` was given."""
     n = packed.words.shape[0]
     values = []
     for j in range(VALUES_A_WORD):
@@ -112,13 +116,14 @@ def unpack(packed: Packed, format: str) -> tuple[torch.Tensor, torch.Tensor]:
         value = torch.ldexp((8 + (code & 7)).float(), (code >> 3) - _EXPONENT_BIAS - 3)
         scale = value.to(torch.float8_e4m3fn)
     else:
-        base = torch.frexp(packed.channel)[1] - 1 + 127 + _TOP_EXPONENT - _EXPONENT_BIAS
+        base = torch.frexp(packed.channel * _VALUE_SCALE)[1] - 1 + 127 + _TOP_EXPONENT - _EXPONENT_BIAS
         scale = ((code >> 3) - _TOP_EXPONENT + base[:, None]).to(torch.uint8)
-    return nibbles[..., 0] | (nibbles[..., 1] << 4), scale
+    global_scale = packed.channel[0] * _VALUE_SCALE if format == "nvfp4" else None
+    return nibbles[..., 0] | (nibbles[..., 1] << 4), scale, global_scale
 
 
 def dequantize(packed: Packed, in_features: int) -> torch.Tensor:
-    """The packed weight as float32 [N, in_features], `channel` included."""
+    """The packed weight as float32 [N, in_features], the scale of its tensor or row included."""
     table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=packed.words.device)
     columns = []
     for j in range(VALUES_A_WORD):
@@ -126,7 +131,7 @@ def dequantize(packed: Packed, in_features: int) -> torch.Tensor:
         columns.append(table[((packed.words >> (SIGNS[j % 4] + high)) & 1) * 8 + ((packed.words >> (MAGNITUDES[j % 4] + high)) & 7)])
     code = packed.scales.view(torch.uint8).to(torch.int32)
     scale = torch.ldexp((8 + (code & 7)).float(), (code >> 3) - _EXPONENT_BIAS - 3)
-    return (torch.stack(columns, -1) * scale[..., None]).flatten(1)[:, :in_features] * packed.channel[:, None]
+    return (torch.stack(columns, -1) * scale[..., None]).flatten(1)[:, :in_features] * (packed.channel * _VALUE_SCALE)[:, None]
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -141,27 +146,14 @@ def tuned(gpu: str) -> dict[tuple[int, int, int], Config]:
     return {key: Config(**config) for key, config in tables.load(KERNEL, gpu)["configs"].items()}
 
 
+def crossover(n: int, k: int, on: torch.device) -> int:
+    """The most rows at which this kernel was measured no slower than expanding the weight on that GPU; 64 where nobody measured."""
+    return tables.crossover(KERNEL, n, k, device(on.index).name, "dequantize")
+
+
 def block_m(m: int) -> int:
     """Rows of x that one program computes: the smallest of 8, 16, 32, 64 that holds m, 64 above."""
     return next((b for b in (8, 16, 32) if m <= b), MAX_ROWS)
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the choice depends on. shared: bytes of shared memory one program may take. dependent_launch: programmatic dependent
-    launch exists."""
-
-    name: str
-    processors: int
-    shared: int
-    dependent_launch: bool
-
-
-@functools.cache
-def device(index: int) -> Device:
-    facts = torch.cuda.get_device_properties(index)
-    shared = getattr(facts, "shared_memory_per_block_optin", 65536)
-    return Device(facts.name, facts.multi_processor_count, shared, torch.version.hip is None and facts.major >= 9)
 
 
 def choose(m: int, n: int, k: int, on: Device) -> Config:
@@ -220,8 +212,9 @@ def launch(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, config: C
         **extra,
     )
     if split > 1:
-        flags = {"HAS_BIAS": bias is not None, "PDL": overlap != "none"}
-        _sum_splits[(-(-n // 512), m)](target, packed.channel, bias_or_any, out, m, n, SPLIT=split, BLOCK=512, **flags, **extra)
+        scales = (packed.channel, packed.channel, bias_or_any)
+        flags = {"HAS_BIAS": bias is not None, "HAS_ROW_SCALE": False, "PDL": overlap != "none"}
+        _sum_splits[(-(-n // 512), m)](target, *scales, out, m, n, SPLIT=split, BLOCK=512, **flags, **extra)
     return out
 
 
@@ -229,9 +222,7 @@ def launch(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, config: C
 def _linear(x: torch.Tensor, words: torch.Tensor, scales: torch.Tensor, channel: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     k = x.shape[-1]
     flat = x.reshape(-1, k).contiguous()
-    # Without a GPU only Triton's interpreter runs this.
-    on = device(x.device.index) if x.is_cuda else Device("cpu", 1, 65536, False)
-    config = choose(flat.shape[0], words.shape[0], k, on)
+    config = choose(flat.shape[0], words.shape[0], k, device(x.device.index))
     with torch.cuda.device_of(x):
         y = launch(flat, Packed(words, scales, channel), bias, config)
     return y.view(*x.shape[:-1], words.shape[0])

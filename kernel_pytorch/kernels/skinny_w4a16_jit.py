@@ -63,7 +63,7 @@ def _value(w, s, J: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr):
         sign: tl.constexpr = (15 if part == 0 else 9 if part == 1 else 10 if part == 2 else 14) + J // 4 * 16
         magnitude: tl.constexpr = (6 if part == 0 else 0 if part == 1 else 3 if part == 2 else 11) + J // 4 * 16
         bits = (((w >> magnitude) & 7) << 22) | ((w >> sign) << 31)
-        # 2 ** 126 repairs the exponent, 2 ** -8 is the epilogue's.
+        # 2 ** 126 repairs the exponent, 2 ** -8 is made up for by `channel`.
         return (bits.to(tl.float32, bitcast=True) * 8.507059173023462e37 * (s * 0.00390625)).to(tl.float16 if HALF else tl.bfloat16)
 
 
@@ -157,37 +157,8 @@ def tile(
         tl.extra.cuda.gdc_launch_dependents()
     inside = (n[:, None] < N) & (m[None, :] < M)
     if not PARTIAL:
-        acc *= (tl.load(channel_ptr + n, mask=n < N, other=0.0) * 256.0)[:, None]
+        acc *= tl.load(channel_ptr + n, mask=n < N, other=0.0)[:, None]
         if HAS_BIAS:
             acc += tl.load(bias_ptr + n, mask=n < N, other=0.0)[:, None]
     out = out_ptr + (split.to(tl.int64) * M + m[None, :]) * N + n[:, None]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["M"])
-def sum_splits(
-    partial_ptr,
-    channel_ptr,
-    bias_ptr,
-    out_ptr,
-    M,
-    N,
-    HAS_BIAS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m = tl.program_id(1).to(tl.int64)
-    inside = n < N
-    scale = tl.load(channel_ptr + n, mask=inside, other=0.0) * 256.0
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for s in tl.static_range(SPLIT):
-        acc += tl.load(partial_ptr + (s * M + m) * N + n, mask=inside, other=0.0)
-    acc *= scale
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + n, mask=inside, other=0.0)
-    tl.store(out_ptr + m * N + n, acc.to(out_ptr.dtype.element_ty), mask=inside)

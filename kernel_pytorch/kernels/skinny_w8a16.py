@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from kernel_pytorch.kernels import skinny_w8a16_jit as jit
-from kernel_pytorch.kernels import tables
+from kernel_pytorch.kernels import split_k_jit, tables
+from kernel_pytorch.kernels.device import Device, device
 
 # (M, N, K) that tests and the benchmark share: Llama-3-8B's decode linears, then widths that no tile divides, one row, no rows.
 LLAMA = tuple((n, k) for n, k in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)))
@@ -30,7 +31,7 @@ MAX_ROWS = 64
 # Triton's launcher takes plain values where the kernel's signature says constexpr.
 _matrix: Any = jit.matrix
 _vector: Any = jit.vector
-_sum_splits: Any = jit.sum_splits
+_sum_splits: Any = split_k_jit.sum_splits
 
 
 @dataclass(frozen=True)
@@ -107,29 +108,6 @@ def crossover(n: int, k: int, on: torch.device, against: str) -> int:
 def block_m(m: int) -> int:
     """Rows of x that one program computes: the smallest of 8, 16, 32, 64 that holds m, 64 above."""
     return next((b for b in (8, 16, 32) if m <= b), MAX_ROWS)
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the choice depends on. shared: bytes of shared memory one program may take. dependent_launch: programmatic dependent
-    launch exists. convert_fp8: an instruction turns e4m3 into f16."""
-
-    name: str
-    processors: int
-    shared: int
-    dependent_launch: bool
-    convert_fp8: bool
-
-
-@functools.cache
-def device(index: int | None) -> Device:
-    """The facts of that CUDA device; of none where index is None: Triton's interpreter runs the kernels on a CPU."""
-    if index is None:
-        return Device("cpu", 1, 65536, False, False)
-    facts = torch.cuda.get_device_properties(index)
-    cuda, arch = torch.version.hip is None, (facts.major, facts.minor)
-    shared = getattr(facts, "shared_memory_per_block_optin", 65536)
-    return Device(facts.name, facts.multi_processor_count, shared, cuda and arch >= (9, 0), cuda and arch >= (8, 9))
 
 
 def choose(m: int, n: int, k: int, on: Device) -> Config:

@@ -78,8 +78,7 @@ class QuantizeLinears(Optimizer):
                 linears[name] = module
             else:
                 skipped.append(Skipped(name, reason))
-        details: dict[str, Any] = {}
-        formats = self._formats(model, linears, context, details)
+        formats, details = self._formats(model, linears, context)
         ranges: dict[str, InputRange] = {}
         if self.activation.mode is ActivationMode.static:
             ranges = observe_ranges(model, linears, context.workload, self.num_calibration_calls)
@@ -130,13 +129,13 @@ class QuantizeLinears(Optimizer):
             replace_module(model, name, layer)
         return Applied(model, changes, details=self._details(changes, context))
 
-    def _formats(self, model: nn.Module, linears: dict[str, nn.Linear], context: Context, details: dict[str, Any]) -> dict[str, str]:
-        """The format of each layer: the scheme's own, what `weight.assign` says, or what fits the budget best."""
+    def _formats(self, model: nn.Module, linears: dict[str, nn.Linear], context: Context) -> tuple[dict[str, str], dict[str, Any]]:
+        """The format of each layer - the scheme's own, what `weight.assign` says, or what fits the budget best - and facts for the
+        receipt."""
         if self.allocation.strategy is None:
-            return assigned_formats(model, linears, self.weight)
+            return assigned_formats(model, linears, self.weight), {}
         found = allocate(model, linears, self.weight, self.allocation, context.workload, context.seed)
-        details.update(found.details())
-        return found.formats
+        return found.formats, found.details()
 
     def _details(self, changes: list[Change], context: Context) -> dict[str, str]:
         if any(change.kernel == "int8_mm" for change in changes) and context.backend.vendor == "cpu":
@@ -159,7 +158,7 @@ class QuantizeLinears(Optimizer):
         narrow = min(linear.in_features, linear.out_features)
         if narrow < self.min_features:
             return f"{narrow} features are fewer than min_features={self.min_features}"
-        if self.weight.format == "int8" and self.activation.mode is ActivationMode.dynamic and linear.in_features > int8_linear.MAX_K:
+        if self.weight.format == "int8" and self.activation.mode is not ActivationMode.none and linear.in_features > int8_linear.MAX_K:
             return f"{linear.in_features} inputs overflow the int32 sums of an int8 matmul"
         if not torch.isfinite(linear.weight).all():
             return "its weight has non-finite values"

@@ -33,7 +33,7 @@ class Observed:
 
 @dataclass
 class Scorer:
-    """Scores layers of one model. forwards: calibration passes of the whole model spent so far."""
+    """Scores layers of one model. forwards: calibration passes of the whole model spent so far; one with gradients counts as three."""
 
     model: nn.Module
     linears: Linears
@@ -96,7 +96,7 @@ class Scorer:
         counts = torch.histc(weight / weight.std().clamp_min(1e-30), _BINS, -4, 4)
         shares = counts[counts > 0] / counts.sum()
         entropy = -(shares * shares.log2()).sum().item()
-        bits = 8 * STORAGES[format].nbytes(weight.shape[0], weight.shape[1], self._config(format)) / weight.numel()
+        bits = 8 * STORAGES[format].nbytes(weight.shape[0], weight.shape[1], self.config_of(format)) / weight.numel()
         return entropy * weight.numel() * 4.0**-bits
 
     def _weight_error(self, name: str, format: str) -> float:
@@ -125,7 +125,7 @@ class Scorer:
         quantile WORST_ROWS."""
         if self._expected is None:
             self._expected = self._rows()
-        with self._stored(dict.fromkeys(group, format)):
+        with self.storing(dict.fromkeys(group, format)):
             rows = self._rows()
         distance = (1 - torch.cosine_similarity(rows, self._expected, dim=1)).clamp_min(0)
         return (torch.quantile(distance, WORST_ROWS) if worst else distance.mean()).item()
@@ -136,16 +136,16 @@ class Scorer:
         self.forwards += 1
         return torch.cat(rows)
 
-    def _config(self, format: str) -> WeightConfig:
+    def config_of(self, format: str) -> WeightConfig:
         return replace(self.weight, format=format, assign=[])
 
     def _rounded(self, name: str, format: str) -> torch.Tensor:
         weight = self.linears[name].weight.detach()
         storage = STORAGES[format]
-        return storage.dequantize(storage.quantize(weight, self._config(format)), weight.shape[1])
+        return storage.dequantize(storage.quantize(weight, self.config_of(format)), weight.shape[1])
 
     @contextmanager
-    def _stored(self, formats: Mapping[str, str]) -> Iterator[None]:
+    def storing(self, formats: Mapping[str, str]) -> Iterator[None]:
         """Inside, the layers compute with rounded weights; the parameters themselves are not touched."""
         before = {name: nn.Module.get_parameter(self.linears[name], "weight") for name in formats}
         try:

@@ -42,7 +42,11 @@ def _on_cpu(formats: Sequence[str], activation: ActivationConfig, facts: Facts) 
     if activation.mode is ActivationMode.none:
         return Support(Level.native, "int8 storage; the matmul converts weights at each call, so memory shrinks and speed does not")
     if not cpu_has(facts.isa, "int8_matmul"):
-        return Support(Level.native, f"slowdown: {facts.name} has no int8 dot product (avx512_vnni, avx_vnni, amx_int8)")
+        return Support(
+            Level.emulated,
+            f"torch's int8 matmul is right only with a dot product of bytes (avx512_vnni, avx_vnni, amx_int8), which {facts.name} lacks;"
+            " use precision=int8_weight_only",
+        )
     if activation.granularity is ActivationGranularity.tensor:
         return Support(Level.native, "slowdown: the int8 kernel scales each token; one scale a tensor runs through torch._int_mm")
     return Support(Level.native)

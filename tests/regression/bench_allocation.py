@@ -40,12 +40,12 @@ def main(path: str, search: str = "search") -> None:
         expected = collect_rows(model, workload, ROWS)
 
     def error(formats: dict[str, str]) -> float:
-        with scorer._stored(formats), torch.no_grad():
+        with scorer.storing(formats), torch.no_grad():
             rows = collect_rows(model, workload, ROWS)
         return 1000 * (1 - torch.cosine_similarity(rows.double(), expected.double(), dim=1)).mean().item()
 
     def bits(formats: dict[str, str]) -> float:
-        used = sum(STORAGES[format].nbytes(*linears[name].weight.shape, scorer._config(format)) for name, format in formats.items())
+        used = sum(STORAGES[format].nbytes(*linears[name].weight.shape, scorer.config_of(format)) for name, format in formats.items())
         return 8 * used / sum(linear.weight.numel() for linear in linears.values())
 
     rows = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from kernel_pytorch.backends.capabilities import cpu_has
 from kernel_pytorch.kernels import int8_linear
 from kernel_pytorch.precision.matmul.base import HAS_TRITON, Matmul, Stored
 from kernel_pytorch.precision.matmul.cpu_int8 import CpuInt8
@@ -50,6 +51,9 @@ def _on_gpu(weight: WeightConfig, activation: ActivationConfig, n: int, stored: 
 
 
 def _on_cpu(activation: ActivationConfig, k: int, isa: Collection[str]) -> Matmul:
+    # Without a dot product of bytes, oneDNN's int8 matmul adds pairs in 16 bits, which saturate: its sums are wrong.
+    if not cpu_has(isa, "int8_matmul"):
+        return Emulate()
     by_token = activation.mode is ActivationMode.dynamic and activation.granularity is ActivationGranularity.token
     name, _ = int8_linear.choose(isa) if by_token and k <= int8_linear.MAX_K else (None, "")
     return Int8Mm() if name is None else CpuInt8(name)

@@ -14,9 +14,6 @@ from kernel_pytorch.schema import ActivationConfig, ActivationMode, WeightConfig
 if TYPE_CHECKING:
     from kernel_pytorch.precision.quantized_linear import QuantizedLinear
 
-# Measured on an H200 at the four linears of Llama-3-8B: ahead of cuBLAS in bf16 up to here.
-MAX_ROWS = 32
-
 
 def fits(weight: WeightConfig, activation: ActivationConfig, stored: Stored) -> bool:
     """Whether the kernel can read this weight: its format, and for mxfp4 the range of its scales."""
@@ -31,6 +28,7 @@ class Skinny4(Matmul):
     name = "skinny_w4a16+dequantize"
 
     def pack(self, layer: QuantizedLinear, stored: Stored, bias: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
+        layer.max_skinny_rows = skinny_w4a16.crossover(layer.out_features, layer.in_features, stored["weight"].device)
         packed = skinny_w4a16.pack(stored["weight"], stored["weight_scale"], layer.format, stored.get("weight_global_scale"))
         return {
             "weight": packed.words,
@@ -40,15 +38,13 @@ class Skinny4(Matmul):
         }
 
     def unpack(self, layer: QuantizedLinear) -> Stored:
-        codes, scale = skinny_w4a16.unpack(_packed(layer), layer.format)
+        codes, scale, global_scale = skinny_w4a16.unpack(_packed(layer), layer.format)
         stored = {"weight": codes, "weight_scale": scale}
-        if layer.format == "nvfp4":
-            stored["weight_global_scale"] = _packed(layer).channel[0].clone()
-        return stored
+        return stored if global_scale is None else {**stored, "weight_global_scale": global_scale}
 
     def run(self, layer: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, layer.in_features)
-        if x.dtype in (torch.bfloat16, torch.float16) and rows.shape[0] <= MAX_ROWS:
+        if x.dtype in (torch.bfloat16, torch.float16) and rows.shape[0] <= layer.max_skinny_rows:
             y = skinny_w4a16.linear(rows, _packed(layer), layer.bias)
         else:
             weight = skinny_w4a16.dequantize(_packed(layer), layer.in_features).to(x.dtype)

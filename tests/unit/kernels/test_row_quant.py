@@ -92,7 +92,7 @@ def check_ties(on: str, native: bool) -> None:
         x = torch.cat((positive, -positive))[None].to(on)
         rows = op.empty_codes(x, name, True)
         k = x.shape[1]
-        device = op.Device(native=native, dependent_launch=False)
+        device = op.Device("cpu", 1, 65536, convert_fp8=native)
         op.launch(jit.quantize, (x,), rows, (k,), name, True, on=device)
         assert torch.equal(rows[0].view(torch.int8), x.to(op.FORMATS[name]).view(torch.int8)), name
 
@@ -222,7 +222,7 @@ def test_calls_name_the_wrong_argument(call, message):
 
 
 def test_rows_fit_the_registers_of_their_warps():
-    hopper = op.Device(True, True)
+    hopper = op.Device("NVIDIA H200", 132, 232448, True, True)
     for k in (1, 200, 384, 4096, 4099, 14336, 28672, op.MAX_COLUMNS):
         config = op.choose(k, hopper)
         assert config.block >= k
@@ -232,18 +232,18 @@ def test_rows_fit_the_registers_of_their_warps():
 
 
 TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), op.Device(False, False)),
-    "sm_90": (GPUTarget("cuda", 90, 32), op.Device(True, True)),
-    "sm_100": (GPUTarget("cuda", 100, 32), op.Device(True, True)),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), op.Device(False, False)),
-    "gfx950": (GPUTarget("hip", "gfx950", 64), op.Device(False, False)),
+    "sm_80": (GPUTarget("cuda", 80, 32), op.Device("another", 108, 65536)),
+    "sm_90": (GPUTarget("cuda", 90, 32), op.Device("NVIDIA H200", 132, 232448, True, True)),
+    "sm_100": (GPUTarget("cuda", 100, 32), op.Device("NVIDIA H200", 132, 232448, True, True)),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), op.Device("another", 108, 65536)),
+    "gfx950": (GPUTarget("hip", "gfx950", 64), op.Device("another", 108, 65536)),
 }
 
 
 def compile_for(target: GPUTarget, on: op.Device, kernel, name: str, symmetric: bool, k: int = 4096) -> str:
     """Assembly text of one of the three kernels for bf16 rows."""
     config = op.choose(k, on)
-    flags = {"FORMAT": name, "SYMMETRIC": symmetric, "NATIVE": on.native, "PDL": config.overlap}
+    flags = {"FORMAT": name, "SYMMETRIC": symmetric, "NATIVE": on.convert_fp8, "PDL": config.overlap}
     flags |= {"ROWS": config.rows, "BLOCK": config.block, "EVEN": k == config.block}
     if kernel is jit.rms_norm:
         flags |= {"HAS_WEIGHT": True, "HAS_RESIDUAL": True, "KEEP_NORM": True}
@@ -263,7 +263,7 @@ def test_compiles_without_contracted_roundings(target, scheme, kernel):
     gpu, on = TARGETS[target]
     text = compile_for(gpu, on, kernel, *scheme)
     if gpu.backend == "cuda":
-        assert ("cvt.rn.satfinite.e" in text) == (on.native and scheme[0] in ("float8_e4m3fn", "float8_e5m2"))
+        assert ("cvt.rn.satfinite.e" in text) == (on.convert_fp8 and scheme[0] in ("float8_e4m3fn", "float8_e5m2"))
         assert ("griddepcontrol.wait" in text) == on.dependent_launch
         assert "ld.global.v4.b32" in text
         assert "fma.rn.f32" not in text
@@ -369,7 +369,7 @@ class TestOnGpu:
             check_exact_norm(dtype, "cuda")
 
     def test_the_conversion_instruction_rounds_alike(self):
-        if not op.device(0).native:
+        if not op.device(0).convert_fp8:
             pytest.skip("this GPU has no float8 conversion")
         check_ties("cuda", native=True)
 

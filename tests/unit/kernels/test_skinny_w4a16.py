@@ -56,9 +56,10 @@ def test_unpack_returns_what_pack_was_given(fmt, k):
         weight[2] = 1
         stored = STORAGES[fmt].quantize(weight, WeightConfig(format=fmt))
     packed = op.pack(stored["weight"], stored["weight_scale"], fmt, stored.get("weight_global_scale"))
-    codes, scale = op.unpack(packed, fmt)
+    codes, scale, global_scale = op.unpack(packed, fmt)
     assert torch.equal(codes, stored["weight"])
     assert torch.equal(scale.view(torch.uint8), stored["weight_scale"].view(torch.uint8))
+    assert global_scale == stored.get("weight_global_scale")
     assert torch.equal(op.dequantize(packed, k), STORAGES[fmt].dequantize(stored, k))
     width = -(-k // op.BLOCK[fmt]) * op.BLOCK[fmt] // 8
     assert (packed.words.shape, packed.scales.shape, packed.words.nbytes + packed.scales.nbytes) == ((5, width), (5, width), 25 * width)

@@ -28,10 +28,10 @@ INT8_TENSOR = ActivationConfig(mode=ActivationMode.dynamic, format="int8", granu
 FP8 = ActivationConfig(mode=ActivationMode.dynamic, format="float8_e4m3fn")
 SCHEMES = {
     "int8_dynamic": (WeightConfig(format="int8"), INT8, {"isa": ISA}),
-    "int8_dynamic_plain": (WeightConfig(format="int8"), INT8, {"isa": ()}),
+    "int8_dynamic_plain": (WeightConfig(format="int8"), INT8, {"isa": ("avx_vnni",)}),
     "int8_dynamic_emulated": (WeightConfig(format="int8"), INT8, {"emulate": True}),
     "int8_symmetric": (WeightConfig(format="int8"), INT8_SYMMETRIC, {"isa": ISA}),
-    "int8_symmetric_plain": (WeightConfig(format="int8"), INT8_SYMMETRIC, {"isa": ()}),
+    "int8_symmetric_plain": (WeightConfig(format="int8"), INT8_SYMMETRIC, {"isa": ("avx_vnni",)}),
     "int8_tensor": (WeightConfig(format="int8", granularity=WeightGranularity.tensor), INT8_TENSOR, {"isa": ISA}),
     "int8_weight_only": (WeightConfig(format="int8"), NONE, {}),
     "fp8_weight_only": (WeightConfig(format="float8_e4m3fn"), NONE, {}),

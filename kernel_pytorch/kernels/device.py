@@ -1,0 +1,31 @@
+"""What a kernel's configuration depends on: facts of one GPU."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """name: as `torch.cuda.get_device_name` says. shared: bytes of shared memory one program may take. dependent_launch:
+    programmatic dependent launch exists. convert_fp8: instructions convert between float8 and wider formats."""
+
+    name: str
+    processors: int
+    shared: int
+    dependent_launch: bool = False
+    convert_fp8: bool = False
+
+
+@functools.cache
+def device(index: int | None) -> Device:
+    """The facts of that CUDA device; of none where index is None: Triton's interpreter runs the kernels on a CPU."""
+    if index is None:
+        return Device("cpu", 1, 65536)
+    facts = torch.cuda.get_device_properties(index)
+    cuda, arch = torch.version.hip is None, (facts.major, facts.minor)
+    shared = getattr(facts, "shared_memory_per_block_optin", 65536)
+    return Device(facts.name, facts.multi_processor_count, shared, cuda and arch >= (9, 0), cuda and arch >= (8, 9))
