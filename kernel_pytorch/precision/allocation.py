@@ -20,7 +20,7 @@ from kernel_pytorch.precision.storage import STORAGES
 from kernel_pytorch.schema import AllocationConfig, AllocationStrategy, WeightConfig
 
 MEASURED = (AllocationStrategy.layer_adaptive, AllocationStrategy.content_adaptive)
-# What ranks the groups whose sensitivity is not measured.
+# What ranks the layers whose sensitivity is not measured.
 PRIOR = AllocationStrategy.gradient_weighted
 
 
@@ -51,10 +51,10 @@ class PrecisionStats:
 
 @dataclass(frozen=True)
 class Allocation:
-    """formats: by layer. losses: of each group, by format; what the choice was made from."""
+    """formats: by layer. losses: of each layer, by format; what the choice was made from."""
 
     formats: dict[str, str]
-    losses: dict[tuple[str, ...], dict[str, float]]
+    losses: dict[str, dict[str, float]]
     stats: PrecisionStats
 
     def assign(self) -> list[str]:
@@ -87,7 +87,7 @@ class Allocation:
             "format_usage": ", ".join(f"{name} {share:.1%}" for name, share in stats.format_usage_distribution.items()),
             "calibration_forwards": stats.forwards,
             "allocation_s": round(stats.seconds, 2),
-            "losses": [{"layers": list(group), **row} for group, row in self.losses.items()],
+            "losses": [{"layer": name, **row} for name, row in self.losses.items()],
             "recipe_fragment": self.fragment().splitlines(),
         }
 
@@ -101,20 +101,19 @@ def allocate(
     assert config.strategy is not None
     began = time.perf_counter()
     scorer = Scorer(model, linears, weight, workload, config.num_calibration_calls, seed)
-    groups = scorer.groups()
     formats = list(dict.fromkeys(config.formats))
-    costs = [[sum(_bytes(linears[name], format, weight) for name in group) for format in formats] for group in groups]
-    losses = _losses(scorer, groups, formats, costs, config, _capacity(linears, config, costs))
-    chosen = solve(losses, costs, _capacity(linears, config, costs))
-    by_layer = {name: formats[option] for group, option in zip(groups, chosen, strict=True) for name in group}
+    costs = [[_bytes(linear, format, weight) for format in formats] for linear in linears.values()]
+    capacity = _capacity(linears, config, costs)
+    losses = _losses(scorer, list(linears), formats, costs, config, capacity)
+    chosen = [formats[option] for option in solve(losses, costs, capacity)]
     counts = Counter[str]()
-    for name, format in by_layer.items():
-        counts[format] += linears[name].weight.numel()
-    spent = sum(costs[group][option] for group, option in enumerate(chosen))
-    original = sum(linears[name].weight.nbytes for name in by_layer)
+    for linear, format in zip(linears.values(), chosen, strict=True):
+        counts[format] += linear.weight.numel()
+    spent = sum(row[formats.index(format)] for row, format in zip(costs, chosen, strict=True))
+    original = sum(linear.weight.nbytes for linear in linears.values())
     stats = PrecisionStats(original, spent, dict(counts), scorer.forwards, time.perf_counter() - began)
-    table = {group: dict(zip(formats, row, strict=True)) for group, row in zip(groups, losses, strict=True)}
-    return Allocation({name: by_layer[name] for name in linears}, table, stats)
+    table = {name: dict(zip(formats, row, strict=True)) for name, row in zip(linears, losses, strict=True)}
+    return Allocation(dict(zip(linears, chosen, strict=True)), table, stats)
 
 
 def _bytes(linear: nn.Linear, format: str, weight: WeightConfig) -> int:
@@ -136,29 +135,24 @@ def _capacity(linears: Linears, config: AllocationConfig, costs: Sequence[Sequen
 
 
 def _losses(
-    scorer: Scorer,
-    groups: list[tuple[str, ...]],
-    formats: list[str],
-    costs: list[list[int]],
-    config: AllocationConfig,
-    capacity: int,
+    scorer: Scorer, names: list[str], formats: list[str], costs: list[list[int]], config: AllocationConfig, capacity: int
 ) -> list[list[float]]:
-    """Losses by group and format. Where sensitivity is measured for a share of the groups only, those are taken whose decision the
+    """Losses by layer and format. Where sensitivity is measured for a share of the layers only, those are taken whose decision the
     prior leaves most open, and the others' losses are the prior's, brought to the measured ones' size."""
     strategy = config.strategy
     assert strategy is not None
     if strategy not in MEASURED or config.sensitivity_share == 1:
-        return [scorer.losses(strategy, group, formats) for group in groups]
-    prior = [scorer.losses(PRIOR, group, formats) for group in groups]
-    least, most = (min if sign > 0 else max for sign in (1, -1))
-    cheap = [row.index(least(row)) for row in costs]
-    dear = [row.index(most(row)) for row in costs]
-    rates = [max(prior[g][cheap[g]] - prior[g][dear[g]], 0.0) / max(costs[g][dear[g]] - costs[g][cheap[g]], 1) for g in range(len(groups))]
+        return [scorer.losses(strategy, name, formats) for name in names]
+    prior = [scorer.losses(PRIOR, name, formats) for name in names]
+    cheap = [row.index(min(row)) for row in costs]
+    dear = [row.index(max(row)) for row in costs]
+    layers = range(len(names))
+    rates = [max(prior[n][cheap[n]] - prior[n][dear[n]], 0.0) / max(costs[n][dear[n]] - costs[n][cheap[n]], 1) for n in layers]
     chosen = solve(prior, costs, capacity)
-    upgraded = [rates[g] for g in range(len(groups)) if chosen[g] != cheap[g]]
+    upgraded = [rates[n] for n in layers if chosen[n] != cheap[n]]
     boundary = min(upgraded, default=max(rates))
-    order = sorted(range(len(groups)), key=lambda g: abs(math.log(max(rates[g], 1e-300) / max(boundary, 1e-300))))
-    measured = {g: scorer.losses(strategy, groups[g], formats) for g in order[: max(1, round(config.sensitivity_share * len(groups)))]}
-    sizes = [measured[g][option] / prior[g][option] for g in measured for option in range(len(formats)) if prior[g][option] > 0]
+    order = sorted(layers, key=lambda n: abs(math.log(max(rates[n], 1e-300) / max(boundary, 1e-300))))
+    measured = {n: scorer.losses(strategy, names[n], formats) for n in order[: max(1, round(config.sensitivity_share * len(names)))]}
+    sizes = [measured[n][option] / prior[n][option] for n in measured for option in range(len(formats)) if prior[n][option] > 0]
     size = torch.tensor(sizes).median().item() if sizes else 1.0
-    return [measured.get(g, [loss * size for loss in prior[g]]) for g in range(len(groups))]
+    return [measured.get(n, [loss * size for loss in prior[n]]) for n in layers]

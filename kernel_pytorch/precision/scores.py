@@ -1,7 +1,4 @@
-"""What it costs a model when a layer is stored in a format: one estimate a strategy, lower is better, none below zero.
-
-Layers that read the same tensor (Q, K, V; gate, up) are decided together: a group. Losses of a group are summed over its layers.
-"""
+"""What it costs a model when a layer is stored in a format: one estimate a strategy, lower is better, none below zero."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from kernel_pytorch.optimizer import Workload
 from kernel_pytorch.precision.storage import STORAGES
@@ -23,17 +21,13 @@ WORST_ROWS = 0.95
 _BINS = 256
 
 
-@dataclass
-class Observed:
-    """Of one layer, over calibration: the sums of squares of each input column and, with gradients, of each output's gradient."""
-
-    inputs: torch.Tensor
-    gradients: torch.Tensor | None = None
+# Random directions of the output a call: over R rows a loss has a relative standard error of sqrt(2 / (R * PROBES)), 0.08 for 88.
+PROBES = 4
 
 
 @dataclass
 class Scorer:
-    """Scores layers of one model. forwards: calibration passes of the whole model spent so far; one with gradients counts as three."""
+    """Scores layers of one model. forwards: calibration passes of the whole model spent so far; a backward pass counts as two."""
 
     model: nn.Module
     linears: Linears
@@ -42,58 +36,32 @@ class Scorer:
     num_calls: int
     seed: int
     forwards: int = 0
-    _observed: dict[str, Observed] = field(default_factory=dict)
+    _moments: dict[str, torch.Tensor] = field(default_factory=dict)
+    _sensitivity: dict[tuple[str, str], float] = field(default_factory=dict)
     _expected: torch.Tensor | None = None
 
-    def groups(self) -> list[tuple[str, ...]]:
-        """Names of the layers that one call gives the same tensor, in the order of the model."""
-        readers: dict[tuple[int, int], list[str]] = {}
-        kept: list[torch.Tensor] = []
-
-        def watch(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-                x = args[0] if args else kwargs["input"]
-                # Kept alive, so that no later tensor gets its identity.
-                kept.append(x)
-                names = readers.setdefault((id(x), x._version if not x.is_inference() else 0), [])
-                if name not in names:
-                    names.append(name)
-
-            return hook
-
-        handles = [module.register_forward_pre_hook(watch(name), with_kwargs=True) for name, module in self.linears.items()]
-        try:
-            with torch.no_grad():
-                self.workload.calibrate(self.model, 1)
-        finally:
-            for handle in handles:
-                handle.remove()
-        self.forwards += 1
-        group_of: dict[str, tuple[str, ...]] = {}
-        for names in readers.values():
-            for name in names:
-                group_of.setdefault(name, tuple(names))
-        found = [group_of.get(name, (name,)) for name in self.linears]
-        return list(dict.fromkeys(group for group in found if group[0] in self.linears))
-
-    def losses(self, strategy: AllocationStrategy, group: Sequence[str], formats: Sequence[str]) -> list[float]:
+    def losses(self, strategy: AllocationStrategy, name: str, formats: Sequence[str]) -> list[float]:
         """One loss a format."""
+        if strategy is AllocationStrategy.gradient_weighted:
+            missing = [format for format in formats if (name, format) not in self._sensitivity]
+            if missing:
+                self._sensitivity |= self._fisher(missing)
+            return [self._sensitivity[name, format] for format in formats]
         if strategy in (AllocationStrategy.layer_adaptive, AllocationStrategy.content_adaptive):
             worst = strategy is AllocationStrategy.content_adaptive
-            return [self.measured(group, name, worst=worst) for name in formats]
+            return [self.measured(name, format, worst=worst) for format in formats]
         score = {
             AllocationStrategy.entropy_based: self._entropy,
             AllocationStrategy.nvfp4_double_quantization: self._weight_error,
             AllocationStrategy.activation_aware: self._output_error,
-            AllocationStrategy.gradient_weighted: self._fisher,
         }[strategy]
-        return [sum(score(name, format) for name in group) for format in formats]
+        return [score(name, format) for format in formats]
 
     def _entropy(self, name: str, format: str) -> float:
-        """Entropy of the weight's histogram (bits) times its number of values times the format's noise, 4 ** -bits: even spreads carry
-        more information a value and lose more of it."""
+        """Entropy of the weight's histogram over its range (bits) times its number of values times the format's noise, 4 ** -bits: even
+        spreads carry more information a value and lose more of it; few outliers on a narrow rest are what block scales are for."""
         weight = self.linears[name].weight.detach().float()
-        counts = torch.histc(weight / weight.std().clamp_min(1e-30), _BINS, -4, 4)
+        counts = torch.histc(weight, _BINS)
         shares = counts[counts > 0] / counts.sum()
         entropy = -(shares * shares.log2()).sum().item()
         bits = 8 * STORAGES[format].nbytes(weight.shape[0], weight.shape[1], self.config_of(format)) / weight.numel()
@@ -108,24 +76,16 @@ class Scorer:
         """Predicted squared error of the layer's output over the output's own, columns weighted by the inputs' second moments.
         Source: arXiv:2306.00978, section 3"""
         weight = self.linears[name].weight.detach().float()
-        moments = self._observe(gradients=False)[name].inputs
+        moments = self._input_moments()[name]
         error = ((self._rounded(name, format) - weight).square() @ moments).sum().item()
         return error / max((weight.square() @ moments).sum().item(), 1e-30)
 
-    def _fisher(self, name: str, format: str) -> float:
-        """Squared weight error times the diagonal of the outputs' Fisher information, as the product of the moments of the layer's
-        input and of its output's gradient.   Source: arXiv:1503.05671"""
-        weight = self.linears[name].weight.detach().float()
-        seen = self._observe(gradients=True)[name]
-        assert seen.gradients is not None
-        return (seen.gradients @ ((self._rounded(name, format) - weight).square() @ seen.inputs)).item()
-
-    def measured(self, group: Sequence[str], format: str, *, worst: bool = False) -> float:
-        """1 - cosine of the model's output rows over calibration, with this group alone stored in `format`: the mean, or the
+    def measured(self, name: str, format: str, *, worst: bool = False) -> float:
+        """1 - cosine of the model's output rows over calibration, with this layer alone stored in `format`: the mean, or the
         quantile WORST_ROWS."""
         if self._expected is None:
             self._expected = self._rows()
-        with self.storing(dict.fromkeys(group, format)):
+        with self.storing({name: format}):
             rows = self._rows()
         distance = (1 - torch.cosine_similarity(rows, self._expected, dim=1)).clamp_min(0)
         return (torch.quantile(distance, WORST_ROWS) if worst else distance.mean()).item()
@@ -157,46 +117,91 @@ class Scorer:
             for name, weight in before.items():
                 self.linears[name]._parameters["weight"] = weight
 
-    def _observe(self, *, gradients: bool) -> dict[str, Observed]:
-        if self._observed and (not gradients or all(seen.gradients is not None for seen in self._observed.values())):
-            return self._observed
-        found: dict[str, Observed] = {}
-        outputs: list[tuple[str, torch.Tensor]] = []
-        for name, linear in self.linears.items():
-            zeros = [torch.zeros(size, device=linear.weight.device) for size in (linear.in_features, linear.out_features)]
-            found[name] = Observed(zeros[0], zeros[1] if gradients else None)
+    def _input_moments(self) -> dict[str, torch.Tensor]:
+        """Of each layer, over calibration: the sums of squares of its input columns."""
+        if self._moments:
+            return self._moments
+        found = {name: torch.zeros(linear.in_features, device=linear.weight.device) for name, linear in self.linears.items()}
 
-        def watch(name: str) -> Callable[..., Any]:
+        def watch(name: str, x: torch.Tensor, _output: torch.Tensor) -> None:
+            found[name] += x.float().flatten(0, -2).square().sum(0)
+
+        with torch.no_grad(), self._watching(watch):
+            for _ in self.workload.calibration_rows(self.model, self.num_calls):
+                pass
+        self.forwards += 1
+        self._moments = found
+        return found
+
+    def _fisher(self, formats: Sequence[str]) -> dict[tuple[str, str], float]:
+        """1 - cosine of the model's output rows, to second order, by layer and format: the weight error in the quadratic form of the
+        Gauss-Newton (Fisher) matrix of the rows brought to unit length, halved. Not its diagonal: E[(g . e)^2] over random signs of
+        the output, g the gradient at the layer's output and e its error there, summed over a sample (the first dimension) before
+        the square, so that errors that cancel do.   Source: arXiv:1412.1193 (the matrix); Hutchinson, 1990 (signs)"""
+        errors = {(name, format): self._weight_change(name, format) for name in self.linears for format in formats}
+        totals = dict.fromkeys(errors, 0.0)
+        outputs: list[tuple[str, torch.Tensor, list[torch.Tensor]]] = []
+
+        def watch(name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+            if not output.requires_grad:
+                output = output.detach().requires_grad_()
+            outputs.append((name, output, [functional.linear(x, errors[name, format]) for format in formats]))
+            return output
+
+        generator = torch.Generator().manual_seed(self.seed)
+        num_rows = 0
+        with torch.enable_grad(), self._watching(watch):
+            for rows in self.workload.calibration_rows(self.model, self.num_calls):
+                num_rows += len(rows)
+                unit = functional.normalize(rows.float(), dim=1)
+                for probe in range(PROBES):
+                    signs = torch.randint(0, 2, unit.shape, generator=generator).to(unit) * 2 - 1
+                    # Not backward(): that would leave gradients in the caller's parameters.
+                    gradients = torch.autograd.grad(
+                        (unit * signs).sum(), [output for _, output, _ in outputs], allow_unused=True, retain_graph=probe < PROBES - 1
+                    )
+                    for key, value in _squares(outputs, gradients, formats).items():
+                        totals[key] += value
+                outputs.clear()
+        # The layers' own products with their errors are less than a forward a format.
+        self.forwards += 1 + len(formats) + 2 * PROBES
+        return {key: total / (2 * PROBES * max(num_rows, 1)) for key, total in totals.items()}
+
+    def _weight_change(self, name: str, format: str) -> torch.Tensor:
+        weight = self.linears[name].weight.detach()
+        return (self._rounded(name, format).float() - weight.float()).to(weight.dtype)
+
+    @contextmanager
+    def _watching(self, watch: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
+        """Inside, `watch(name, input, output)` sees each call of a layer and may give another output; the input has no gradient."""
+
+        def hook_of(name: str) -> Callable[..., torch.Tensor | None]:
             def hook(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor | None:
-                x = args[0] if args else kwargs["input"]
-                found[name].inputs += x.detach().float().flatten(0, -2).square().sum(0)
-                if not gradients:
-                    return None
-                if not output.requires_grad:
-                    output = output.detach().requires_grad_()
-                outputs.append((name, output))
-                return output
+                return watch(name, (args[0] if args else kwargs["input"]).detach(), output)
 
             return hook
 
-        handles = [module.register_forward_hook(watch(name), with_kwargs=True) for name, module in self.linears.items()]
-        generator = torch.Generator().manual_seed(self.seed)
+        handles = [module.register_forward_hook(hook_of(name), with_kwargs=True) for name, module in self.linears.items()]
         try:
-            with torch.enable_grad() if gradients else torch.no_grad():
-                for rows in self.workload.calibration_rows(self.model, self.num_calls):
-                    if gradients:
-                        signs = torch.randint(0, 2, rows.shape, generator=generator).to(rows) * 2 - 1
-                        # Not backward(): that would leave gradients in the caller's parameters.
-                        total = (rows.float() * signs.float()).sum()
-                        gradient = torch.autograd.grad(total, [output for _, output in outputs], allow_unused=True)
-                        for (name, _), found_gradient in zip(outputs, gradient, strict=True):
-                            seen = found[name].gradients
-                            if found_gradient is not None and seen is not None:
-                                seen += found_gradient.float().flatten(0, -2).square().sum(0)
-                        outputs.clear()
+            yield
         finally:
             for handle in handles:
                 handle.remove()
-        self.forwards += 3 if gradients else 1
-        self._observed = found
-        return found
+
+
+def _squares(
+    outputs: Sequence[tuple[str, torch.Tensor, list[torch.Tensor]]], gradients: Sequence[torch.Tensor | None], formats: Sequence[str]
+) -> dict[tuple[str, str], float]:
+    """By layer and format the sum over samples of (gradient . error)^2. Calls of one layer on equally many samples add up first."""
+    products: dict[tuple[str, str, int], torch.Tensor] = {}
+    for (name, output, errors), gradient in zip(outputs, gradients, strict=True):
+        if gradient is None:
+            continue
+        for format, error in zip(formats, errors, strict=True):
+            product = (gradient.float() * error.float()).reshape(len(output), -1).sum(1)
+            key = (name, format, len(output))
+            products[key] = products[key] + product if key in products else product
+    found: dict[tuple[str, str], float] = {}
+    for (name, format, _), product in products.items():
+        found[name, format] = found.get((name, format), 0.0) + product.square().sum().item()
+    return found

@@ -1,4 +1,4 @@
-"""Mixed formats under a budget: the exact choice, scores that tell layers apart, restored weights, bytes that are the buffers'."""
+"""Mixed formats under a budget: the exact choice, scores that tell layers apart and predict what is measured, restored weights."""
 
 import itertools
 import random
@@ -16,6 +16,8 @@ from kernel_pytorch.optimizer import Context
 from kernel_pytorch.precision.allocation import allocate
 from kernel_pytorch.precision.budget import solve
 from kernel_pytorch.precision.quantize import QuantizeLinears
+from kernel_pytorch.precision.scores import PROBES, Scorer
+from kernel_pytorch.precision.storage import STORAGES
 from kernel_pytorch.schema import ActivationConfig, AllocationConfig, AllocationStrategy, OnMismatch, WeightConfig
 
 FORMATS = ["nvfp4", "float8_e4m3fn"]
@@ -23,7 +25,7 @@ WEIGHT = WeightConfig(format="nvfp4")
 
 
 class Block(nn.Module):
-    """q and k read one tensor; `fragile` has outliers and a large say in the output, `idle` hardly any."""
+    """q and k read one tensor, q matters more; `fragile` has outliers and a large say in the output, `idle` hardly any."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,6 +33,7 @@ class Block(nn.Module):
         self.fragile, self.idle = nn.Linear(64, 64), nn.Linear(64, 64)
         with torch.no_grad():
             self.fragile.weight[:, ::16] *= 30
+            self.k.weight *= 0.1
             self.idle.weight *= 1e-3
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -66,14 +69,13 @@ def test_the_choice_is_the_best_of_all() -> None:
 
 
 @pytest.mark.parametrize("strategy", AllocationStrategy)
-def test_the_budget_holds_layers_of_one_input_go_together_and_nothing_is_left_behind(strategy: AllocationStrategy) -> None:
+def test_the_budget_holds_and_nothing_is_left_behind(strategy: AllocationStrategy) -> None:
     model, linears, workload = make()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     parameters = {name: id(parameter) for name, parameter in model.named_parameters()}
     found = allocate(model, linears, WEIGHT, config(strategy), workload)
     assert found.stats.effective_bits <= 5.6
-    assert found.formats["q"] == found.formats["k"]
-    assert ("q", "k") in found.losses
+    assert list(found.losses) == list(found.formats) == ["q", "k", "fragile", "idle"]
     assert all(row["float8_e4m3fn"] < row["nvfp4"] for row in found.losses.values())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == parameters
@@ -84,9 +86,66 @@ def test_the_budget_holds_layers_of_one_input_go_together_and_nothing_is_left_be
 def test_strategies_that_watch_the_model_protect_the_layer_that_matters() -> None:
     for strategy in (AllocationStrategy.layer_adaptive, AllocationStrategy.content_adaptive, AllocationStrategy.gradient_weighted):
         model, linears, workload = make()
-        found = allocate(model, linears, WEIGHT, config(strategy), workload)
+        found = allocate(model, linears, WEIGHT, config(strategy, 6.6), workload)
         assert (found.formats["fragile"], found.formats["idle"]) == ("float8_e4m3fn", "nvfp4"), strategy
-        assert found.losses["fragile",]["nvfp4"] > 100 * found.losses["idle",]["nvfp4"]
+        assert found.losses["fragile"]["nvfp4"] > 100 * found.losses["idle"]["nvfp4"]
+
+
+def test_layers_of_one_input_are_decided_one_by_one() -> None:
+    model, linears, workload = make()
+    found = allocate(model, linears, WEIGHT, config(AllocationStrategy.layer_adaptive, 6.6), workload)
+    assert {name for name, format in found.formats.items() if format == "float8_e4m3fn"} == {"q", "fragile"}
+    assert found.losses["q"]["nvfp4"] > 5 * found.losses["k"]["nvfp4"]
+
+
+def test_gradients_predict_the_measured_loss_with_fewer_forwards() -> None:
+    """64 rows: one standard error is sqrt(2 / (64 * PROBES)), 0.09; and errors of one sample that cancel are seen to."""
+    model, linears, workload = make()
+    found = {}
+    for strategy in (AllocationStrategy.gradient_weighted, AllocationStrategy.layer_adaptive):
+        found[strategy] = allocate(model, linears, WEIGHT, config(strategy), workload)
+    predicted, measured = found.values()
+    for name, row in measured.losses.items():
+        assert predicted.losses[name]["nvfp4"] == pytest.approx(row["nvfp4"], rel=0.3), name
+    assert predicted.stats.forwards == 1 + len(FORMATS) + 2 * PROBES
+    assert measured.stats.forwards == 1 + len(FORMATS) * len(linears)
+
+
+class Summed(nn.Module):
+    """The mean over tokens of x W: errors of tokens x and -x cancel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.skip = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(torch.cat([x, -x], 1)).mean(1) + self.skip(x.mean(1))
+
+
+def test_errors_that_cancel_within_a_sample_cost_nothing() -> None:
+    torch.manual_seed(0)
+    model, x = Summed(), torch.randn(16, 3, 64)
+    workload = CallWorkload(((x,), {}), held_out=[((x,), {})], calibration=[((x,), {})])
+    scorer = Scorer(model, {"linear": model.linear, "skip": model.skip}, WEIGHT, workload, 1, 0)
+    losses = {name: scorer.losses(AllocationStrategy.gradient_weighted, name, ["nvfp4"])[0] for name in ("linear", "skip")}
+    assert losses["linear"] < 1e-9 * losses["skip"]
+    assert losses["skip"] == pytest.approx(scorer.measured("skip", "nvfp4"), rel=0.5)
+
+
+def test_entropy_counts_the_tails() -> None:
+    """Same bits a weight: a uniform spread over 256 bins has 8 bits, and one far outlier leaves the rest in few bins."""
+    torch.manual_seed(0)
+    even, tailed = nn.Linear(64, 64), nn.Linear(64, 64)
+    with torch.no_grad():
+        even.weight.copy_(torch.linspace(-1, 1, 64 * 64).view(64, 64))
+        tailed.weight.copy_(even.weight)
+        tailed.weight[0, 0] = 100
+    _, _, workload = make()
+    scorer = Scorer(nn.ModuleList([even, tailed]), {"0": even, "1": tailed}, WEIGHT, workload, 1, 0)
+    flat, peaked = (scorer.losses(AllocationStrategy.entropy_based, name, ["nvfp4"])[0] for name in "01")
+    bits = 8 * STORAGES["nvfp4"].nbytes(64, 64, WEIGHT) / 4096
+    assert flat == pytest.approx(8 * 4096 * 4.0**-bits, rel=1e-4)
+    assert peaked < 0.35 * flat
 
 
 def test_scores_differ_by_strategy() -> None:
@@ -100,13 +159,19 @@ def test_scores_differ_by_strategy() -> None:
 
 
 def test_a_share_of_the_sensitivity_takes_fewer_forwards() -> None:
-    forwards = {}
-    for share in (1.0, 0.3):
-        model, linears, workload = make()
-        found = allocate(model, linears, WEIGHT, config(AllocationStrategy.layer_adaptive, sensitivity_share=share), workload)
-        forwards[share] = found.stats.forwards
-        assert found.formats["fragile"] == "float8_e4m3fn"
-    assert forwards[0.3] < forwards[1.0]
+    """Twelve layers: the prior's 1 + 2 + 2 * PROBES, then a quarter of the 24 measurements and the rows to compare with.
+    By the measured losses the choice is at most 5 % worse."""
+    _, _, workload = make()
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 64) for _ in range(12)]
+    model, linears = nn.Sequential(*layers), {str(index): layer for index, layer in enumerate(layers)}
+    whole, part = (
+        allocate(model, linears, WEIGHT, config(AllocationStrategy.layer_adaptive, sensitivity_share=share), workload)
+        for share in (1.0, 0.25)
+    )
+    assert (whole.stats.forwards, part.stats.forwards) == (25, 1 + 2 + 2 * PROBES + 1 + 6)
+    best, reached = (sum(whole.losses[name][format] for name, format in found.formats.items()) for found in (whole, part))
+    assert best <= reached <= 1.05 * best
 
 
 def test_a_budget_out_of_reach_names_the_range() -> None:
