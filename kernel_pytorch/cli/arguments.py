@@ -16,7 +16,7 @@ from pathlib import Path
 from kernel_pytorch.errors import ConfigError
 
 TRUST_VARIABLE = "KERNEL_PYTORCH_TRUST_CONFIG"
-COMMANDS = ("list", "describe", "explain", "diff", "validate", "copy", "doctor", "tune")
+COMMANDS = ("list", "describe", "explain", "diff", "validate", "copy", "doctor", "tune", "precompile")
 
 _MULTIRUN = ("-m", "--multirun")
 _RUN = ("-r", "--run")

@@ -53,6 +53,12 @@ def _tune(words: list[str]) -> int:
     return tune(words)
 
 
+def _precompile(words: list[str]) -> int:
+    from kernel_pytorch.cli.precompile import precompile
+
+    return precompile(words)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "list": _list,
     "describe": _describe,
@@ -62,4 +68,5 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "copy": _copy,
     "doctor": _doctor,
     "tune": _tune,
+    "precompile": _precompile,
 }

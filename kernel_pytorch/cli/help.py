@@ -28,6 +28,7 @@ commands:
   copy RECIPE DEST          a recipe as a file to edit
   doctor                    what this machine can do
   tune                      measure the kernels for few rows on this GPU
+  precompile                compile the Triton kernels for GPUs that need not be here
 
 groups (`describe GROUP` lists the options):
   of a recipe               backend attention fusion precision memory compile graph
@@ -117,5 +118,17 @@ table from then on, before the one that is shipped for this GPU. Exit 3 without 
                 of Llama-3-8B
 --seconds S     time for one kernel's search, 150; crossovers take about 5 s a layer more
 --out FILE      write there and not to kernel_pytorch/tuned in the user's cache folder
+""",
+    "precompile": """\
+usage: kernel-pytorch precompile [--target NAME ...] [--kernel NAME ...] [--out DIR]
+
+Compiles every Triton kernel of the package, as a Llama-3-8B layer at decode launches it, into code
+objects: cubin for NVIDIA, hsaco for AMD, each with its assembly and a JSON file that says how it is
+launched. Needs Triton and no GPU. What was compiled before is read from disk; a damaged file is
+compiled again. Exit 1 when a compiler refuses a kernel, the others are compiled all the same.
+
+--target NAME   sm_80, sm_90, sm_100, gfx942 or gfx950; may be repeated; all without it
+--kernel NAME   such as skinny_w8a16.matrix; may be repeated; all without it
+--out DIR       write there and not to kernel_pytorch/code_objects in the user's cache folder
 """,
 }

@@ -11,13 +11,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-import triton
 from torch.nn.functional import scaled_dot_product_attention
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from kernel_pytorch.backends.kernel_compiler import compiler_for
+from kernel_pytorch.kernels import builds
 from kernel_pytorch.kernels import decode_attention as op
-from kernel_pytorch.kernels import decode_attention_jit as jit
+from kernel_pytorch.kernels.gpu_targets import GPU_TARGETS
 
 H200 = op.Device("NVIDIA H200", 132, 232448, True)
 MASKS = ("none", "tail", "bool", "rows")
@@ -181,51 +180,25 @@ def test_programs_fill_the_processors():
     assert op.choose(8, 2048, 128, op.Device("A100", 108, 166912, False)).overlap == "none"
 
 
-TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), "mma.sync", 166912),
-    "sm_90": (GPUTarget("cuda", 90, 32), "mma", 232448),
-    "sm_100": (GPUTarget("cuda", 100, 32), "mma", 232448),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), "v_mfma", 65536),
-    "gfx950": (GPUTarget("hip", "gfx950", 64), "v_mfma", 163840),
-}
-
-
-def compile_for(target: GPUTarget, head_dim: int, rows: int, mask: str, shared: bool, partial: bool, config: op.Config) -> tuple[str, int]:
-    """Assembly text and bytes of shared memory of the first kernel for bf16. mask: element type as Triton writes it."""
-    flags = {"HAS_MASK": True, "BOOL_MASK": mask == "*u8", "SHARED_MASK": shared, "PARTIAL": partial, "D": head_dim}
-    flags |= {"SCAN": 512 // config.block_s if shared else 0, "BLOCK_D": op.padded(head_dim), "BLOCK_R": op.padded(rows)}
-    flags |= {"BLOCK_S": config.block_s, "EARLY": config.overlap == "early", "LATE": config.overlap == "late", "mask_key": 1}
-    special = {"mask_ptr": mask, "stats_ptr": "*fp32", "scale": "fp32", "out_ptr": "*fp32" if partial else "*bf16"}
-    names = jit.attend.arg_names
-    types = {n: "constexpr" if n in flags else special.get(n, "*bf16" if n.endswith("_ptr") else "i32") for n in names}
-    odd = (*flags, "scale", "S", "T", "G", "num_kv_heads", "num_splits", "total", "mask_batch")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in odd}
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    built = triton.compile(ASTSource(jit.attend, signature=types, constexprs=flags, attrs=aligned), target=target, options=options)
-    return built.asm["ptx" if target.backend == "cuda" else "amdgcn"], built.metadata.shared
-
-
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", GPU_TARGETS)
 @pytest.mark.parametrize(
     ("head_dim", "rows", "mask", "shared"), [(128, 4, "*bf16", True), (80, 48, "*u8", False), (256, 64, "*bf16", True)]
 )
 def test_compiles_to_matrix_instructions_within_shared_memory(name, head_dim, rows, mask, shared):
-    target, instruction, available = TARGETS[name]
-    config = op.choose(8, 2048, head_dim, op.Device(name, 100, available, name in ("sm_90", "sm_100")))
-    text, used = compile_for(target, head_dim, rows, mask, shared, partial=shared, config=config)
-    assert instruction in text
-    assert used <= available
-    if target.backend == "cuda":
-        assert "cp.async" in text
-        assert ("griddepcontrol.wait" in text) == (config.overlap != "none")
+    on = GPU_TARGETS[name]
+    config = op.choose(8, 2048, head_dim, on.gpu)
+    build = builds.attend(on, config, head_dim=head_dim, rows=rows, mask=mask, shared=shared, partial=shared)
+    code = compiler_for(name).compile(build)
+    assert on.matrix_instruction in code.assembly
+    assert code.shared_bytes <= on.gpu.shared
+    if on.cuda:
+        assert "cp.async" in code.assembly
+        assert ("griddepcontrol.wait" in code.assembly) == (config.overlap != "none")
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", GPU_TARGETS)
 def test_the_second_kernel_compiles(name):
-    flags = {"D": 80, "BLOCK_D": 128, "BLOCK": 64, "PDL": name in ("sm_90", "sm_100")}
-    types = {"partial_ptr": "*fp32", "stats_ptr": "*fp32", "out_ptr": "*bf16", "num_splits": "i32", "total": "i32"}
-    source = ASTSource(jit.combine, signature=types | dict.fromkeys(flags, "constexpr"), constexprs=flags)
-    assert triton.compile(source, target=TARGETS[name][0]).metadata.shared <= 65536
+    assert compiler_for(name).compile(builds.combine(GPU_TARGETS[name], head_dim=80)).shared_bytes <= 65536
 
 
 INTERPRETED = """

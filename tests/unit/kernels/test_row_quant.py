@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from kernel_pytorch.backends.kernel_compiler import compiler_for
+from kernel_pytorch.kernels import builds
 from kernel_pytorch.kernels import row_quant as op
 from kernel_pytorch.kernels import row_quant_jit as jit
+from kernel_pytorch.kernels.gpu_targets import GPU_TARGETS
 from kernel_pytorch.precision import float8, int8
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -231,48 +231,23 @@ def test_rows_fit_the_registers_of_their_warps():
     assert op.choose(384, hopper).rows == 4
 
 
-TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), op.Device("another", 108, 65536)),
-    "sm_90": (GPUTarget("cuda", 90, 32), op.Device("NVIDIA H200", 132, 232448, True, True)),
-    "sm_100": (GPUTarget("cuda", 100, 32), op.Device("NVIDIA H200", 132, 232448, True, True)),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), op.Device("another", 108, 65536)),
-    "gfx950": (GPUTarget("hip", "gfx950", 64), op.Device("another", 108, 65536)),
-}
-
-
-def compile_for(target: GPUTarget, on: op.Device, kernel, name: str, symmetric: bool, k: int = 4096) -> str:
-    """Assembly text of one of the three kernels for bf16 rows."""
-    config = op.choose(k, on)
-    flags = {"FORMAT": name, "SYMMETRIC": symmetric, "NATIVE": on.convert_fp8, "PDL": config.overlap}
-    flags |= {"ROWS": config.rows, "BLOCK": config.block, "EVEN": k == config.block}
-    if kernel is jit.rms_norm:
-        flags |= {"HAS_WEIGHT": True, "HAS_RESIDUAL": True, "KEEP_NORM": True}
-    outputs = {"q_ptr": "*i8", "scale_ptr": "*fp32", "zero_ptr": "*fp32", "eps": "fp32"}
-    names = kernel.arg_names
-    types = {n: outputs.get(n, "*bf16" if n.endswith("_ptr") else "constexpr" if n in flags else "i32") for n in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in flags and n not in ("M", "eps")}
-    options = {"num_warps": config.num_warps, "enable_fp_fusion": False}
-    built = triton.compile(ASTSource(kernel, signature=types, constexprs=flags, attrs=aligned), target=target, options=options)
-    return built.asm["ptx" if target.backend == "cuda" else "amdgcn"]
-
-
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", GPU_TARGETS)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("kernel", [jit.quantize, jit.rms_norm, jit.swiglu], ids=["quantize", "rms_norm", "swiglu"])
 def test_compiles_without_contracted_roundings(target, scheme, kernel):
-    gpu, on = TARGETS[target]
-    text = compile_for(gpu, on, kernel, *scheme)
-    if gpu.backend == "cuda":
-        assert ("cvt.rn.satfinite.e" in text) == (on.convert_fp8 and scheme[0] in ("float8_e4m3fn", "float8_e5m2"))
-        assert ("griddepcontrol.wait" in text) == on.dependent_launch
+    on, (name, symmetric) = GPU_TARGETS[target], scheme
+    text = compiler_for(target).compile(builds.quantized_rows(on, kernel, format=name, symmetric=symmetric)).assembly
+    if on.cuda:
+        assert ("cvt.rn.satfinite.e" in text) == (on.gpu.convert_fp8 and name in ("float8_e4m3fn", "float8_e5m2"))
+        assert ("griddepcontrol.wait" in text) == on.gpu.dependent_launch
         assert "ld.global.v4.b32" in text
         assert "fma.rn.f32" not in text
 
 
 def test_wide_and_odd_rows_compile_for_hopper():
-    gpu, on = TARGETS["sm_90"]
     for k in (384, 14336, op.MAX_COLUMNS):
-        assert "ld.global" in compile_for(gpu, on, jit.rms_norm, "float8_e4m3fn", True, k)
+        build = builds.quantized_rows(GPU_TARGETS["sm_90"], jit.rms_norm, format="float8_e4m3fn", k=k)
+        assert "ld.global" in compiler_for("sm_90").compile(build).assembly
 
 
 INTERPRETED = """

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from kernel_pytorch.backends.kernel_compiler import compiler_for
+from kernel_pytorch.kernels import builds
 from kernel_pytorch.kernels import skinny_w8a16 as op
-from kernel_pytorch.kernels import skinny_w8a16_jit as jit
+from kernel_pytorch.kernels.gpu_targets import GPU_TARGETS
 
 FORMATS = tuple(op.DTYPES)
 H200 = op.Device("NVIDIA H200", 132, 232448, True, True)
@@ -120,57 +119,24 @@ def test_rule_for_a_gpu_that_nobody_measured():
     assert op.choose(100, 1000, 1000, H200) == op.Config(64, 256, 1, 1, 4, 3, "late")
 
 
-TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), "mma.sync", 166912),
-    "sm_90": (GPUTarget("cuda", 90, 32), "wgmma", 232448),
-    "sm_100": (GPUTarget("cuda", 100, 32), "tcgen05", 232448),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), "v_mfma", 65536),
-    "gfx950": (GPUTarget("hip", "gfx950", 64), "v_mfma", 163840),
-}
+# Which of NVIDIA's matrix instructions tiles of this size become.
+INSTRUCTIONS = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "v_mfma", "gfx950": "v_mfma"}
 
 
-def compile_for(target: GPUTarget, m: int, config: op.Config, fmt: str, dtype: str) -> tuple[str, int]:
-    """Assembly text and bytes of shared memory."""
-    pointers = {
-        "x_ptr": f"*{dtype}",
-        "w_ptr": "*i32",
-        "scale_ptr": "*fp32",
-        "row_scale_ptr": "*fp32",
-        "bias_ptr": "*fp32",
-        "out_ptr": f"*{dtype}",
-    }
-    cuda = target.backend == "cuda"
-    flags = {"FP8": fmt != "int8", "HAS_BIAS": True, "HAS_ROW_SCALE": True, "EVEN": True, "ASM": cuda}
-    flags |= {"BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "AHEAD": config.ahead}
-    flags |= {"EARLY": config.overlap == "early", "LATE": config.overlap == "late"}
-    if config.slices == 0:
-        kernel, sizes = jit.vector, ("N", "K", "row_words")
-        flags |= {"STAGES": config.num_stages}
-    else:
-        kernel, sizes = jit.matrix, ("M", "N", "K", "row_words", "steps")
-        flags |= {"PARTIAL": False, "BLOCK_M": m, "SLICES": config.slices}
-    signature = pointers | dict.fromkeys(sizes, "i32") | dict.fromkeys(flags, "constexpr")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(pointers | dict.fromkeys(sizes)) if name not in ("M", "steps")}
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    built = triton.compile(ASTSource(kernel, signature=signature, constexprs=flags, attrs=aligned), target=target, options=options)
-    return built.asm["ptx" if cuda else "amdgcn"], built.metadata.shared
-
-
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", GPU_TARGETS)
 @pytest.mark.parametrize(("fmt", "dtype"), [("float8_e4m3fn", "bf16"), ("int8", "fp16"), ("int8", "bf16"), ("float8_e4m3fn", "fp16")])
 def test_compiles_to_matrix_instructions_within_shared_memory(name, fmt, dtype):
-    target, instruction, shared = TARGETS[name]
-    on = op.Device(name, 100, shared, name in ("sm_90", "sm_100"), False)
-    text, used = compile_for(target, 64, op.choose(64, 28672, 4096, on), fmt, dtype)
-    assert instruction in text
-    assert used <= shared
+    on = GPU_TARGETS[name]
+    code = compiler_for(name).compile(builds.eight_bits(on, op.choose(64, 28672, 4096, on.gpu), format=fmt, dtype=dtype))
+    assert INSTRUCTIONS[name] in code.assembly
+    assert code.shared_bytes <= on.gpu.shared
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_h200_configurations_compile_within_its_shared_memory(fmt):
     for (_, _, m), config in op.tuned("NVIDIA H200").items():
-        _, used = compile_for(TARGETS["sm_90"][0], op.block_m(m), config, fmt, "bf16")
-        assert used <= H200.shared
+        build = builds.eight_bits(GPU_TARGETS["sm_90"], config, format=fmt, block_m=op.block_m(m))
+        assert compiler_for("sm_90").compile(build).shared_bytes <= H200.shared
 
 
 INTERPRETED = """
