@@ -12,7 +12,8 @@ GiB = 1024**3
 
 @dataclass(frozen=True)
 class Device:
-    """vendor: cpu, nvidia, amd or tpu. arch: sm_NN, gfxNNN or None. memory_bytes: of what torch calls one device.
+    """vendor: cpu, nvidia, amd, tpu, or an installed package's. arch: sm_NN, gfxNNN, a TPU's version or None.
+    memory_bytes: of what torch calls one device.
     bandwidth_bytes_per_s: of its memory, from the datasheet. What an architecture can do is in `backends/capabilities.py`."""
 
     name: str
@@ -48,8 +49,12 @@ DEVICES: dict[str, Device] = {
         Device("mi355x", "amd", "gfx950", 288 * GiB, 8.0e12, f"{_ROCM_TABLE}; AMD Instinct MI355X data sheet"),
         Device("rx7900xtx", "amd", "gfx1100", 24 * GiB, 0.96e12, f"{_ROCM_TABLE}; AMD Radeon RX 7900 XTX product page"),
         Device("rx9070xt", "amd", "gfx1201", 16 * GiB, 0.64e12, f"{_ROCM_TABLE}; AMD Radeon RX 9070 XT product page"),
+        # One chip is one device of torch_xla.
+        Device("tpu_v5e", "tpu", "v5e", 16 * 10**9, 0.819e12, "Cloud TPU documentation, TPU v5e: HBM2 capacity and bandwidth of a chip"),
     )
 }
 
+# Vendors with a backend of ours; an installed package may not take their names.
+VENDORS: tuple[str, ...] = ("nvidia", "amd", "tpu", "cpu")
 # What `backend.hardware` accepts: a device, or `any` for whatever machine runs the recipe.
 HARDWARE: tuple[str, ...] = ("any", *DEVICES)

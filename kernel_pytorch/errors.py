@@ -40,11 +40,23 @@ class MissingExtraError(ConfigError):
     """An optional package is not installed; the message names the extra that brings it."""
 
 
-class UnsupportedOperationError(KernelPyTorchError):
+class AdapterError(ConfigError):
+    """An installed package registers a backend or a device that cannot be used; the message names the package."""
+
+
+class BackendError(KernelPyTorchError):
+    """A device or its software stack failed while it was doing something it supports."""
+
+
+class UnsupportedOperationError(BackendError):
     """The hardware or the software on this machine cannot do what a step asks for."""
 
     exit_code = 3
     verdict = "unsupported"
+
+
+class DeviceNotFoundError(UnsupportedOperationError):
+    """This machine has no device of the vendor that was asked for."""
 
 
 class OutOfMemoryError(UnsupportedOperationError):
@@ -77,12 +89,28 @@ class PerformanceError(KernelPyTorchError):
     verdict = "performance"
 
 
-class BackendError(KernelPyTorchError):
-    """A device or its software stack failed while it was doing something it supports."""
-
-
 class CompilationError(BackendError):
     """A compiler (Inductor, Triton, C++) rejected code that we gave it."""
+
+
+class MemoryReturnError(BackendError):
+    """A tensor was returned to a memory manager twice, or to one that never handed it out."""
+
+
+class NvidiaError(BackendError):
+    """An NVIDIA device or CUDA failed. Leaves derive from this and from the kind of failure."""
+
+
+class NvidiaOutOfMemoryError(NvidiaError, OutOfMemoryError):
+    """A tensor does not fit on an NVIDIA device; both figures are in bytes."""
+
+
+class AmdError(BackendError):
+    """An AMD device or ROCm failed. Leaves derive from this and from the kind of failure."""
+
+
+class AmdOutOfMemoryError(AmdError, OutOfMemoryError):
+    """A tensor does not fit on an AMD device; both figures are in bytes."""
 
 
 class WorkerError(KernelPyTorchError):

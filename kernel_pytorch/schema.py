@@ -24,8 +24,8 @@ from kernel_pytorch.choices import (
     SdpaBackend,
     WeightGranularity,
 )
-from kernel_pytorch.devices import HARDWARE
 from kernel_pytorch.formats import DTYPES, FORMATS
+from kernel_pytorch.registry import hardware_names, is_hardware
 
 # Raised only when the meaning of an existing value changes; a new field with a default leaves it alone.
 SCHEMA_VERSION = 1
@@ -49,6 +49,13 @@ def _one_of(allowed: tuple[str, ...]) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+def _hardware(value: str) -> str:
+    if not is_hardware(value):
+        allowed = hardware_names()
+        raise ValueError(f"found {value!r}; allowed {', '.join(allowed)}{nearest(value, allowed)}")
+    return value
 
 
 def _one_of_numbers(allowed: tuple[int, ...]) -> AfterValidator:
@@ -76,7 +83,7 @@ FormatName = Annotated[str, _one_of(tuple(FORMATS))]
 ActivationFormat = Annotated[str, _one_of(("int8", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "nvfp4"))]
 Assignment = Annotated[str, AfterValidator(_assignment)]
 DtypeName = Annotated[str, _one_of(DTYPES)]
-HardwareName = Annotated[str, _one_of(HARDWARE)]
+HardwareName = Annotated[str, AfterValidator(_hardware)]
 
 
 @dataclass

@@ -15,7 +15,6 @@ from torch.overrides import TorchFunctionMode
 
 from kernel_pytorch.backends import capabilities
 from kernel_pytorch.backends.base import Backend
-from kernel_pytorch.devices import DEVICES
 from kernel_pytorch.errors import UnsupportedOperationError
 from kernel_pytorch.kernels import decode_attention
 from kernel_pytorch.optimizer import Applied, Change, Context, Level, Optimizer, Skipped, Support
@@ -34,7 +33,7 @@ class DecodeAttention(Optimizer):
 
     def support(self, backend: Backend) -> Support:
         if backend.vendor == "cpu":
-            if backend.hardware != "any" and DEVICES[backend.hardware].vendor != "cpu":
+            if backend.wanted_vendor not in (None, "cpu"):
                 return Support(Level.emulated, "plain torch stands in for the GPU's kernel")
             return Support(Level.native, "changes nothing on a CPU: the kernel is a GPU's")
         facts = backend.facts

@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 
 from kernel_pytorch.backends import capabilities
 from kernel_pytorch.backends.base import Backend
-from kernel_pytorch.devices import DEVICES
 from kernel_pytorch.errors import UnsupportedOperationError
 from kernel_pytorch.optimizer import Applied, Context, Level, Optimizer, Support
 from kernel_pytorch.schema import SdpaBackend
@@ -51,7 +50,7 @@ class SdpaBackendChoice(Optimizer):
             if chosen in _CPU_BACKENDS:
                 return Support(Level.native)
             # A recipe for a GPU is planned on this CPU: its numerics can be computed here, its kernel cannot.
-            if backend.hardware != "any" and DEVICES[backend.hardware].vendor != "cpu":
+            if backend.wanted_vendor not in (None, "cpu"):
                 return Support(Level.emulated, f"{_CPU_REASON}; math stands in for {chosen.value}")
             return Support(Level.unsupported, f"attention.backend={chosen.value}: {_CPU_REASON}")
         feature = f"{chosen.value}_sdpa"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from kernel_pytorch.backends.torch_cuda import TorchCudaBackend
+from kernel_pytorch.errors import AmdError, AmdOutOfMemoryError
 
 _DRIVER = Path("/sys/module/amdgpu/version")
 
@@ -16,7 +17,7 @@ class AmdBackend(TorchCudaBackend):
     """The current HIP device of a torch built for ROCm."""
 
     vendor = "amd"
-    vendor_name = "AMD"
+    device_name = "AMD GPU"
 
     @staticmethod
     def is_own_build() -> bool:
@@ -30,6 +31,12 @@ class AmdBackend(TorchCudaBackend):
     @staticmethod
     def versions() -> dict[str, str | None]:
         return {"driver": driver_version(), "runtime": f"HIP {torch.version.hip}"}
+
+    def failure(self, message: str) -> AmdError:
+        return AmdError(message)
+
+    def out_of_memory(self, message: str, *, required_bytes: int, available_bytes: int) -> AmdOutOfMemoryError:
+        return AmdOutOfMemoryError(message, required_bytes=required_bytes, available_bytes=available_bytes)
 
 
 def driver_version(path: Path = _DRIVER) -> str | None:

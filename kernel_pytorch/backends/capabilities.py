@@ -50,8 +50,11 @@ AMD: dict[str, AmdArch] = {
     "gfx950": AmdArch(_SDPA, f"CDNA4 instruction set, MFMA; {_ATTENTION}"),
     "gfx1100": AmdArch(_SDPA, f"RDNA3 instruction set, WMMA; {_ATTENTION}"),
     "gfx1201": AmdArch(_SDPA, f"RDNA4 instruction set, WMMA; {_ATTENTION}"),
-    # Attention kernels are experimental on these three: off without an environment variable.
+    # Attention kernels are experimental on these, and off without an environment variable; gfx1103 has none.
     "gfx1101": AmdArch(_MATMUL, f"RDNA3 instruction set, WMMA; {_ATTENTION}"),
+    "gfx1102": AmdArch(_MATMUL, f"RDNA3 instruction set, WMMA; {_ATTENTION}"),
+    "gfx1103": AmdArch(_MATMUL, f"RDNA3 instruction set, WMMA; {_ATTENTION}"),
+    "gfx1150": AmdArch(_MATMUL, f"RDNA3.5 instruction set, WMMA; {_ATTENTION}"),
     "gfx1151": AmdArch(_MATMUL, f"RDNA3.5 instruction set, WMMA; {_ATTENTION}"),
     "gfx1200": AmdArch(_MATMUL, f"RDNA4 instruction set, WMMA; {_ATTENTION}"),
 }
@@ -69,12 +72,14 @@ class MatmulFormat:
 
 
 _SCALED_MM = "PyTorch ScaledBlas.cpp"
+# torch multiplies int8 through hipBLASLt, which is built for these of the architectures above.
+_HIPBLASLT = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1101", "gfx1103", "gfx1150", "gfx1151", "gfx1200", "gfx1201")
 # float8_e5m2 is missing: cuBLASLt multiplies it with e4m3 only, and torch on ROCm takes scales of rows for e4m3 only.
 # So are the MX formats of 6 bits, which torch multiplies nowhere. mxfp4 on NVIDIA needs a build with MSLK, which releases are not.
 MATMUL_FORMATS: dict[str, MatmulFormat] = {
     m.format: m
     for m in (
-        MatmulFormat("int8", 80, tuple(AMD), "torch._int_mm: cuBLASLt from sm_80, hipBLASLt; MFMA and WMMA i8 of each instruction set"),
+        MatmulFormat("int8", 80, _HIPBLASLT, "torch._int_mm: cuBLASLt from sm_80; PyTorch CUDAHooks.cpp, getHipblasltSupportedArchs"),
         MatmulFormat("float8_e4m3fn", 89, ("gfx950", "gfx1200", "gfx1201"), f"{_SCALED_MM}, _scaled_mm_allowed_device and its row scales"),
         MatmulFormat("float8_e4m3fnuz", None, ("gfx942",), f"{_SCALED_MM}, _scaled_mm_is_fnuz"),
         MatmulFormat("mxfp8_e4m3fn", 100, ("gfx950",), "torch.testing._internal.common_cuda of 2.13: evaluate_platform_supports_mx_gemm"),
@@ -83,12 +88,23 @@ MATMUL_FORMATS: dict[str, MatmulFormat] = {
     )
 }
 
-# Any one of these flags gives the CPU an instruction for the feature.
-CPU: dict[str, tuple[str, ...]] = {
-    "int8_matmul": ("amx_int8", "avx512_vnni", "avx_vnni", "dotprod", "i8mm"),
-    "bf16_matmul": ("amx_bf16", "avx512_bf16", "bf16"),
-    # avx512_bf16 multiplies bf16 at about the rate of fp32 and pays for conversions: measured slower than fp32.
-    "bf16_speedup": ("amx_bf16",),
+
+@dataclass(frozen=True)
+class CpuFeature:
+    """flags: any one of them gives the CPU an instruction for the feature. source: who says so."""
+
+    flags: tuple[str, ...]
+    source: str
+
+
+_X86, _ARM = "Intel Instruction Set Extensions Programming Reference", "Arm Architecture Reference Manual, A-profile"
+CPU: dict[str, CpuFeature] = {
+    "int8_matmul": CpuFeature(
+        ("amx_int8", "avx512_vnni", "avx_vnni", "dotprod", "i8mm"), f"{_X86}: TDPBSSD, VPDPBUSD; {_ARM}: SDOT, SMMLA"
+    ),
+    "bf16_matmul": CpuFeature(("amx_bf16", "avx512_bf16", "bf16"), f"{_X86}: TDPBF16PS, VDPBF16PS; {_ARM}: BFMMLA"),
+    # avx512_bf16 multiplies bf16 at about the rate of fp32 and pays for conversions.
+    "bf16_speedup": CpuFeature(("amx_bf16",), "measured on a Xeon with both: bf16 through avx512_bf16 alone is slower than fp32"),
 }
 
 
@@ -124,6 +140,11 @@ def matmul_formats(arch: str | None) -> tuple[str, ...] | None:
     )
 
 
+def matmul_dtypes(arch: str | None) -> tuple[str, ...]:
+    """torch's 16-bit types that a GPU's matrix unit multiplies; none when the architecture is unknown."""
+    return tuple(dtype for dtype, feature in (("float16", "fp16_matmul"), ("bfloat16", "bf16_matmul")) if has(arch, feature))
+
+
 def matmul_needs(format: str) -> str:
     """`sm_89 or newer, or gfx950, gfx1200, gfx1201`: where torch multiplies two matrices of a format; empty when nowhere."""
     row = MATMUL_FORMATS.get(format)
@@ -134,7 +155,7 @@ def matmul_needs(format: str) -> str:
 
 def cpu_has(isa: Collection[str], feature: str) -> bool:
     """Whether one of the flags in `isa` gives `feature`. KeyError for an unknown feature."""
-    return any(flag in isa for flag in CPU[feature])
+    return any(flag in isa for flag in CPU[feature].flags)
 
 
 def needs(feature: str, arch: str | None = None) -> str:

@@ -88,12 +88,13 @@ def _cpu_rows(facts: Facts) -> list[Row]:
     if unused:
         cause = f"ONEDNN_MAX_CPU_ISA={cap}" if cap else "the system gives no permission for AMX tiles"
         note = f"not used by oneDNN: {' '.join(unused)} ({cause})"
-    int8 = [flag for flag in capabilities.CPU["int8_matmul"] if flag in facts.isa]
+    int8 = [flag for flag in capabilities.CPU["int8_matmul"].flags if flag in facts.isa]
     return [
         Row("cpu isa", " ".join(facts.isa) or "unknown", note),
         Row("cpu int8 matmul", " ".join(int8) or "no instruction", ""),
         Row("cpu bf16 matmul", *(("amx_bf16", "") if "amx_bf16" in facts.isa else ("no AMX", "bf16 is slower than fp32 here"))),
         Row("cpu threads", str(facts.num_threads), "torch.get_num_threads()"),
+        Row("cpu numa nodes", "unknown" if facts.num_numa_nodes is None else str(facts.num_numa_nodes), ""),
         Row("c++ compiler", compiler or "none", "" if compiler else "torch.compile on a CPU needs one: install g++ or set CXX"),
     ]
 

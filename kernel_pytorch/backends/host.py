@@ -108,6 +108,15 @@ def last_level_cache_bytes() -> int | None:
     return max(sizes, default=None)
 
 
+def num_numa_nodes(online: str | None = None) -> int | None:
+    """Memory nodes of the machine; None when the system does not tell. online: the system's own list of ranges, `0-1,3`."""
+    text = (_read("/sys/devices/system/node/online") if online is None else online).strip()
+    if not text:
+        return None
+    ends = [part.partition("-") for part in text.split(",")]
+    return sum(int(last or first) - int(first) + 1 for first, _, last in ends)
+
+
 @functools.cache
 def cxx_compiler() -> str | None:
     """The C++ compiler that Inductor would use, found the way Inductor finds it; None when it would find none.

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from kernel_pytorch.backends.torch_cuda import TorchCudaBackend
+from kernel_pytorch.errors import NvidiaError, NvidiaOutOfMemoryError
 
 
 class NvidiaBackend(TorchCudaBackend):
     """The current CUDA device of a torch built for NVIDIA."""
 
     vendor = "nvidia"
-    vendor_name = "NVIDIA"
+    device_name = "NVIDIA GPU"
 
     @staticmethod
     def is_own_build() -> bool:
@@ -27,6 +28,12 @@ class NvidiaBackend(TorchCudaBackend):
     @staticmethod
     def versions() -> dict[str, str | None]:
         return {"driver": driver_version(), "runtime": f"CUDA {torch.version.cuda}"}
+
+    def failure(self, message: str) -> NvidiaError:
+        return NvidiaError(message)
+
+    def out_of_memory(self, message: str, *, required_bytes: int, available_bytes: int) -> NvidiaOutOfMemoryError:
+        return NvidiaOutOfMemoryError(message, required_bytes=required_bytes, available_bytes=available_bytes)
 
 
 def driver_version() -> str | None:

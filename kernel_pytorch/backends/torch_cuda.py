@@ -4,46 +4,48 @@ from __future__ import annotations
 
 import importlib.util
 from abc import abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 
 from kernel_pytorch.backends import capabilities, host
 from kernel_pytorch.backends.base import Backend, Facts
-from kernel_pytorch.devices import Device
-from kernel_pytorch.errors import BackendError
+from kernel_pytorch.backends.memory import MemoryManager
+
+
+class TorchCudaMemory(MemoryManager):
+    """Pools over torch's caching allocator: a block is reused on the stream that it was returned on."""
+
+    can_pin = True
+
+    def free_bytes(self) -> int | None:
+        """Free bytes of the device and of torch's own cache."""
+        free, _ = torch.cuda.mem_get_info(self._backend.device)
+        return free + self.cached_bytes()
+
+    def cached_bytes(self) -> int:
+        device = self._backend.device
+        return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+    def empty_cache(self) -> None:
+        torch.cuda.empty_cache()
+
+    def stream(self) -> Hashable:
+        return torch.cuda.current_stream(self._backend.device).cuda_stream
+
+    def fence(self) -> Callable[[], Any]:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._backend.device))
+        return event.synchronize
+
+    def host_free_bytes(self) -> int | None:
+        return host.available_memory_bytes()
 
 
 class TorchCudaBackend(Backend):
     """The current device of torch.cuda, or the row that `plan_for` was given. A vendor says whether this build of torch is
     its own and reads what only it has. Importable where there is no GPU."""
-
-    vendor_name: ClassVar[str]
-    _facts: Facts | None = None
-
-    @property
-    def facts(self) -> Facts:
-        """Raises BackendError when there is no such GPU and `plan_for` was not called."""
-        if self._facts is None:
-            if not self.available():
-                raise BackendError(f"this machine has no {self.vendor_name} GPU that torch can use; backend=auto takes what it has")
-            self._facts = self._read_facts()
-        return self._facts
-
-    def plan_for(self, device: Device) -> None:
-        if device.vendor != self.vendor:
-            raise ValueError(f"the {self.vendor} backend cannot plan for {device.name} of vendor {device.vendor}")
-        self._facts = Facts(
-            name=device.name,
-            vendor=self.vendor,
-            arch=device.arch,
-            memory_bytes=device.memory_bytes,
-            bandwidth_bytes_per_s=device.bandwidth_bytes_per_s,
-            has_cxx_compiler=True,
-            has_triton=capabilities.has(device.arch, "triton") is True,
-            present=False,
-            details={"source": device.source, "assumed": ["a C++ compiler", "triton"]},
-        )
 
     @property
     def device(self) -> torch.device:
@@ -55,12 +57,11 @@ class TorchCudaBackend(Backend):
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
-    def available_memory_bytes(self) -> int | None:
-        """Free bytes of the device and of torch's own cache; of a planned device, all of its memory."""
-        if not self.facts.present:
-            return self.facts.memory_bytes
-        free, _ = torch.cuda.mem_get_info()
-        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    def make_memory(self) -> MemoryManager:
+        return TorchCudaMemory(self)
+
+    def conv_layout(self) -> torch.memory_format:
+        return torch.channels_last
 
     @staticmethod
     @abstractmethod
@@ -77,7 +78,7 @@ class TorchCudaBackend(Backend):
     def versions() -> dict[str, str | None]:
         """`driver`, and `runtime`: what torch is built for."""
 
-    def _read_facts(self) -> Facts:
+    def read_facts(self) -> Facts:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         arch, compiler = self.arch_of(properties), host.cxx_compiler()
         return Facts(

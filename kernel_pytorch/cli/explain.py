@@ -13,7 +13,6 @@ from kernel_pytorch.cli.catalogue import recipe_word
 from kernel_pytorch.cli.console import LEVEL_STYLE, table, value_text
 from kernel_pytorch.cli.describe import changed_values
 from kernel_pytorch.cli.words import checked
-from kernel_pytorch.devices import DEVICES
 from kernel_pytorch.errors import ConfigError
 from kernel_pytorch.recipe.canonical import to_dict
 from kernel_pytorch.recipe.compose import Composed, compose
@@ -22,6 +21,7 @@ from kernel_pytorch.recipe.keys import flatten, leaves
 from kernel_pytorch.recipe.load import load_recipe
 from kernel_pytorch.recipe.options import GROUPS
 from kernel_pytorch.recipe.sources import RecipeSources, is_path
+from kernel_pytorch.registry import device_names
 from kernel_pytorch.report.plain import plain
 from kernel_pytorch.report.terminal import make_console
 from kernel_pytorch.schema import RootConfig, nearest
@@ -57,8 +57,8 @@ def _sort(words: list[str]) -> tuple[list[str], list[str], str | None]:
             overrides.append(word)
         else:
             keys.append(word)
-    if device is not None and device not in DEVICES:
-        raise ConfigError(f"--device: found {device!r}; allowed {', '.join(DEVICES)}{nearest(device, list(DEVICES))}")
+    if device is not None and device not in (allowed := device_names()):
+        raise ConfigError(f"--device: found {device!r}; allowed {', '.join(allowed)}{nearest(device, allowed)}")
     return (*_split_recipe(overrides, keys), device)
 
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from kernel_pytorch import schema
-from kernel_pytorch.devices import HARDWARE
 from kernel_pytorch.formats import DTYPES, FORMATS
 from kernel_pytorch.recipe import keys
+from kernel_pytorch.registry import hardware_names
 
 # Names that a validator checks against a registry; the annotation alone does not list them.
 _REGISTRIES = {
-    get_args(schema.FormatName)[1]: tuple(FORMATS),
-    get_args(schema.DtypeName)[1]: DTYPES,
-    get_args(schema.HardwareName)[1]: HARDWARE,
+    get_args(schema.FormatName)[1]: lambda: tuple(FORMATS),
+    get_args(schema.DtypeName)[1]: lambda: DTYPES,
+    get_args(schema.HardwareName)[1]: hardware_names,
 }
 
 
@@ -49,7 +49,7 @@ def settings(cls: type, prefix: str = "") -> Iterator[Setting]:
 def _values(annotation: Any) -> str:
     _, optional, constraints = keys.bare(annotation)
     registry = next((names for validator, names in _REGISTRIES.items() if validator in constraints), None)
-    return keys.allowed(annotation) if registry is None else ", ".join(registry) + (" or null" if optional else "")
+    return keys.allowed(annotation) if registry is None else ", ".join(registry()) + (" or null" if optional else "")
 
 
 def _meaning(annotation: Any) -> str:

@@ -26,6 +26,7 @@ from kernel_pytorch.models.call import CallWorkload
 from kernel_pytorch.recipe.compose import compose
 from kernel_pytorch.recipe.digest import digest
 from kernel_pytorch.recipe.load import Recipe
+from kernel_pytorch.registry import BACKENDS_GROUP, installed
 from kernel_pytorch.report.progress import Progress
 from kernel_pytorch.report.result import Report
 from kernel_pytorch.schema import BackendConfig, RootConfig
@@ -170,8 +171,8 @@ def _resolve_for(model: nn.Module, config: BackendConfig) -> tuple[Backend, Reso
     kind = devices.pop().type
     # torch calls AMD's GPUs cuda, too.
     vendor = {"cuda": "amd" if torch.version.hip else "nvidia"}.get(kind, kind)
-    if vendor not in BACKENDS:
-        raise UnsupportedOperationError(f"the model is on {kind}; supported are models on cpu and cuda")
+    if vendor not in BACKENDS and vendor not in installed(BACKENDS_GROUP):
+        raise UnsupportedOperationError(f"the model is on {kind}; supported are models on cpu and cuda, and what installed packages add")
     backend = make(vendor, config)
     native, reason = matches(config, backend)
     return backend, Resolution(backend, native, reason)

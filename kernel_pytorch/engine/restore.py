@@ -31,9 +31,9 @@ from kernel_pytorch.models.call import CallWorkload
 from kernel_pytorch.optimizer import Context, Portable, tensor_bytes
 from kernel_pytorch.recipe.canonical import from_dict, to_dict
 from kernel_pytorch.recipe.digest import digest
+from kernel_pytorch.registry import find_target, target_names
 from kernel_pytorch.report.result import ModelResult, Report, WorkloadResult
 from kernel_pytorch.schema import RECIPE_GROUPS, RootConfig
-from kernel_pytorch.targets import TARGETS
 
 # Names of the file's tensors start with what they are.
 _MODEL, _MODULE, _INPUT, _OUTPUT, _SEEN = "model.", "module.", "probe.input.", "probe.output.", "probe.module."
@@ -187,8 +187,8 @@ def config_of(saved: Saved) -> RootConfig:
         raise ConfigError([f"{where}.config.{line}" for line in error.lines]) from error
     for group in RECIPE_GROUPS:
         target = getattr(config, group)._target_
-        if target is not None and (target not in TARGETS or TARGETS[target].group != group):
-            allowed = ", ".join(name for name, row in TARGETS.items() if row.group == group) or "null"
+        if target is not None and find_target(group, target) is None:
+            allowed = ", ".join(target_names(group)) or "null"
             raise ConfigError(f"{where}.config.{group}._target_: found {target!r}; allowed {allowed}")
     found = digest(config)
     if found != recipe.effective_digest:

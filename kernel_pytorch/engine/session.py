@@ -11,7 +11,7 @@ import torch
 from kernel_pytorch.backends.base import Backend
 from kernel_pytorch.backends.detect import Resolution
 from kernel_pytorch.engine.run import Job
-from kernel_pytorch.errors import BackendError, CompilationError, KernelPyTorchError, OutOfMemoryError
+from kernel_pytorch.errors import CompilationError, KernelPyTorchError
 from kernel_pytorch.report.environment import environment
 from kernel_pytorch.report.result import Report
 from kernel_pytorch.schema import RootConfig
@@ -54,7 +54,7 @@ def translate(error: Exception, backend: Backend) -> KernelPyTorchError | None:
     if isinstance(error, KernelPyTorchError):
         return None
     if isinstance(error, torch.OutOfMemoryError):
-        return OutOfMemoryError(
+        return backend.out_of_memory(
             f"{backend.facts.name} ran out of memory",
             required_bytes=_requested_bytes(str(error)),
             available_bytes=backend.available_memory_bytes() or 0,
@@ -62,7 +62,7 @@ def translate(error: Exception, backend: Backend) -> KernelPyTorchError | None:
     if isinstance(error, _compiler_errors()):
         return CompilationError(f"torch.compile failed: {_first_line(error)}")
     if isinstance(error, getattr(torch, "AcceleratorError", ())):
-        return BackendError(f"{backend.facts.name}: {_first_line(error)}")
+        return backend.failure(f"{backend.facts.name}: {_first_line(error)}")
     return None
 
 

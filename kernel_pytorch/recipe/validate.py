@@ -20,8 +20,9 @@ from kernel_pytorch.recipe.explain import COMMAND_LINE, Layers, Origin
 from kernel_pytorch.recipe.keys import annotations, coerce, default, node_class, pydantic_message, quoted, unknown
 from kernel_pytorch.recipe.options import option_values, options
 from kernel_pytorch.recipe.sources import shown
+from kernel_pytorch.registry import find_target, target_names
 from kernel_pytorch.schema import RootConfig
-from kernel_pytorch.targets import ENGINE_READS, TARGETS
+from kernel_pytorch.targets import ENGINE_READS
 
 # What a group reads whose target is null: the engine picks the vendor itself; the model source feeds itself, at this size.
 _NULL_READS: dict[str, tuple[str, ...]] = {"backend": ("hardware", "on_mismatch"), "data": ("batch", "length")}
@@ -37,7 +38,8 @@ class Validated:
 
 def fields_read(group: str, target: str | None) -> tuple[str, ...]:
     """Top fields of a group that its class, or the engine, reads."""
-    own = _NULL_READS.get(group, ()) if target is None else TARGETS[target].reads
+    found = find_target(group, target)
+    own = _NULL_READS.get(group, ()) if found is None else found.reads
     return (*own, *ENGINE_READS.get(group, ()))
 
 
@@ -94,10 +96,9 @@ def build(cls: type, data: dict[str, Any], path: str = "") -> tuple[Any, list[tu
 
 
 def _target_problem(group: str, target: Any) -> str | None:
-    if target is None or (isinstance(target, str) and target in TARGETS and TARGETS[target].group == group):
+    if target is None or find_target(group, target) is not None:
         return None
-    names = sorted(name for name, entry in TARGETS.items() if entry.group == group)
-    return f"{group}._target_: found {target!r}; allowed {', '.join(names) or 'null'}"
+    return f"{group}._target_: found {target!r}; allowed {', '.join(sorted(target_names(group))) or 'null'}"
 
 
 def _unread(group: str, cls: type, tree: dict[str, Any], layers: Layers, errors: list[str], ignored: dict[str, list[str]]) -> None:
@@ -141,6 +142,7 @@ def _left_over_floors(tree: dict[str, Any], layers: Layers, ignored: dict[str, l
 def _contradictions(config: RootConfig, layers: Layers) -> list[str]:
     """What no single group can see."""
     vendor, hardware = layers.choices["backend"], config.backend.hardware
+    # Only our own rows: another's would be imported, and a recipe is only read here.
     device = DEVICES.get(hardware)
     if vendor == "auto" or vendor not in options("backend") or device is None or device.vendor == vendor:
         return []
