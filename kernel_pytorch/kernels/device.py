@@ -11,13 +11,15 @@ import torch
 @dataclass(frozen=True)
 class Device:
     """name: as `torch.cuda.get_device_name` says. shared: bytes of shared memory one program may take. dependent_launch:
-    programmatic dependent launch exists. convert_fp8: instructions convert between float8 and wider formats."""
+    programmatic dependent launch exists. convert_fp8: instructions convert between float8 and wider formats. mma: NVIDIA's
+    m16n8k16 matrix instruction exists for both 16-bit formats."""
 
     name: str
     processors: int
     shared: int
     dependent_launch: bool = False
     convert_fp8: bool = False
+    mma: bool = False
 
 
 @functools.cache
@@ -28,4 +30,6 @@ def device(index: int | None) -> Device:
     facts = torch.cuda.get_device_properties(index)
     cuda, arch = torch.version.hip is None, (facts.major, facts.minor)
     shared = getattr(facts, "shared_memory_per_block_optin", 65536)
-    return Device(facts.name, facts.multi_processor_count, shared, cuda and arch >= (9, 0), cuda and arch >= (8, 9))
+    return Device(
+        facts.name, facts.multi_processor_count, shared, cuda and arch >= (9, 0), cuda and arch >= (8, 9), cuda and arch >= (8, 0)
+    )

@@ -1,10 +1,10 @@
 """Linear with 4-bit weights and 16-bit inputs for few rows: y = (x @ w.T) * channel + bias, w E2M1 with a scale a block.
 
-Formats: nvfp4 (blocks of 16, E4M3 scales, `channel` the tensor's scale) and mxfp4 (blocks of 32, powers of two). Weights are the
-left operand of the matrix instruction and the rows of x its narrow right one. `pack` stores a weight once in the kernel's
-order, 5 bits a value: a scale byte for each word of eight values; `reference` says what is computed; `linear` runs the operator.
+Formats: nvfp4 (blocks of 16, E4M3 scales, `channel` the tensor's scale) and mxfp4 (blocks of 32, powers of two). `pack` stores a
+weight once in the order in which lanes of an NVIDIA GPU feed the matrix unit, 4.5 bits a value; `reference` says what is computed;
+`linear` runs the operator. NVIDIA's GPUs from sm_80 on run skinny_w4a16_fragment, others and the interpreter skinny_w4a16_jit.
 
-N out features, K in features, M rows, W words of a row.
+N out features, K in features, M rows. A tile is 16 rows of the weight, a chunk 64 columns, a pair two chunks.
 """
 
 from __future__ import annotations
@@ -14,10 +14,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from kernel_pytorch.kernels import skinny_w4a16_jit as jit
 from kernel_pytorch.kernels import split_k_jit, tables
 from kernel_pytorch.kernels.device import Device, device
+
+try:
+    from kernel_pytorch.kernels import skinny_w4a16_fragment as fragment
+except ImportError:
+    # Gluon is part of Triton from 3.5 on.
+    fragment = None
 
 # (M, N, K) that tests and the benchmark share: Llama-3-8B's decode linears, then widths that no tile divides, one row, no rows.
 LLAMA = tuple((n, k) for n, k in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)))
@@ -26,7 +33,9 @@ SHAPES = (*((m, n, k) for n, k in LLAMA for m in ROWS), (7, 130, 200), (33, 257,
 
 KERNEL = "skinny_w4a16"
 BLOCK = {"nvfp4": 16, "mxfp4": 32}
-VALUES_A_WORD, MAX_ROWS = 8, 64
+MAX_ROWS = 64
+TILE, CHUNK, PAIR, SCALE_BLOCK = 16, 64, 128, 16
+WORDS_A_PAIR, SCALES_A_PAIR = TILE * PAIR // 8, TILE * PAIR // SCALE_BLOCK
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # Bits of a half word that hold the sign and the lowest magnitude bit of its four values.
 SIGNS, MAGNITUDES = (15, 9, 10, 14), (6, 0, 3, 11)
@@ -36,28 +45,41 @@ _EXPONENT_BIAS, _TOP_EXPONENT = 21, 29
 _VALUE_SCALE = 2.0**-8
 # Below it such a value loses bits in f16.
 _LEAST_EXPONENT = 7
+_PORTABLE_TILES = 8
 
 # Triton's launcher takes plain values where the kernel's signature says constexpr.
-_tile: Any = jit.tile
+_portable: Any = jit.tile
 _sum_splits: Any = split_k_jit.sum_splits
 
 
 @dataclass(frozen=True)
 class Config:
-    """block_n: rows of the weight a program computes. words: words of a row that a step takes. split: programs that share K.
-    overlap: when the kernel after this one may start, "none", "late" or "early" (programmatic dependent launch)."""
+    """Of the NVIDIA kernel. tiles: of 16 rows, a warp. num_warps: of them warps_n have rows of their own, the others share K. depth,
+    depth_x: steps whose weights and x are asked for ahead. split: programs that share K. registers: a lane may use, 0 for the
+    compiler's choice. overlap: the next kernel may start and ask for its weights before this one ends (programmatic dependent launch)."""
 
-    block_n: int
-    words: int
-    split: int
+    tiles: int
     num_warps: int
-    num_stages: int
-    overlap: str = "none"
+    warps_n: int
+    depth: int
+    depth_x: int = 0
+    split: int = 1
+    registers: int = 0
+    overlap: bool = True
+
+    def steps(self, k: int) -> tuple[int, int, bool]:
+        """Steps a warp takes over K, programs that share it, and whether all take as many."""
+        pairs, warps = -(-k // PAIR), self.num_warps // self.warps_n
+        steps = -(-pairs // (self.split * warps))
+        split = -(-pairs // (steps * warps))
+        return steps, split, pairs == split * steps * warps
 
 
 class Packed(NamedTuple):
-    """words: int32 [N, W]. scales: int8 [N, W], a code a word. channel: float32 [N], what the kernel's sums are multiplied by:
-    the tensor's or row's scale times 2 ** 8, since the kernel computes with values times 2 ** -8."""
+    """words: int32 [tiles, pairs * 256]. scales: int8 [tiles, pairs * 128]. channel: float32 [N], what the kernel's sums are
+    multiplied by: the tensor's or row's scale times 2 ** 8, since the kernel computes with values times 2 ** -8.
+
+    A word holds rows g and g + 8 of a tile and columns 4 j to 4 j + 3 of the 16 that lane 4 g + t of a warp has of a chunk."""
 
     words: torch.Tensor
     scales: torch.Tensor
@@ -72,12 +94,16 @@ def pack(codes: torch.Tensor, scale: torch.Tensor, format: str, global_scale: to
     if not fits(scale, format):
         raise ValueError("skinny_w4a16.pack: scales of one row span more powers of two than a byte's exponent holds")
     n = codes.shape[0]
-    nibbles = torch.stack((codes & 15, codes >> 4), -1).view(n, -1, VALUES_A_WORD).to(torch.int32)
-    words = torch.zeros(nibbles.shape[:-1], dtype=torch.int32, device=codes.device)
-    for j in range(VALUES_A_WORD):
-        high = 16 * (j // 4)
-        # Shifted into the sign bit the number wraps, which is what is wanted.
-        words |= ((nibbles[..., j] >> 3) << (SIGNS[j % 4] + high)) | ((nibbles[..., j] & 7) << (MAGNITUDES[j % 4] + high))
+    rows, columns = -n % TILE, -codes.shape[1] * 2 % PAIR
+    nibbles = torch.stack((codes & 15, codes >> 4), -1).flatten(1)
+    # [tile, half, g, chunk, t, j, 2, even or odd] -> [tile, chunk, g, t, j, even or odd, 2, half]
+    parts = F.pad(nibbles, (0, columns, 0, rows)).view((n + rows) // TILE, 2, 8, -1, 4, 4, 2, 2).permute(0, 3, 2, 4, 5, 7, 6, 1)
+    words = torch.zeros(parts.shape[:5], dtype=torch.int32, device=codes.device)
+    for odd in range(2):
+        for part in range(4):
+            nibble = parts[..., odd, part // 2, part % 2].to(torch.int32)
+            # Shifted into the sign bit the number wraps, which is what is wanted.
+            words |= ((nibble >> 3) << (SIGNS[part] + 16 * odd)) | ((nibble & 7) << (MAGNITUDES[part] + 16 * odd))
     if format == "nvfp4":
         assert global_scale is not None, "nvfp4 has a scale of the tensor"
         mantissa, exponent = torch.frexp(scale.float())
@@ -89,8 +115,12 @@ def pack(codes: torch.Tensor, scale: torch.Tensor, format: str, global_scale: to
         found = (exponents - largest + _TOP_EXPONENT) << 3
         channel = torch.ldexp(torch.ones_like(largest[:, 0], dtype=torch.float64), largest[:, 0] - 127 - _TOP_EXPONENT + _EXPONENT_BIAS)
         channel = (channel / _VALUE_SCALE).float()
-    scales = found.to(torch.uint8).view(torch.int8).repeat_interleave(BLOCK[format] // VALUES_A_WORD, dim=1)
-    return Packed(words.contiguous(), scales.contiguous(), channel)
+    found = found.repeat_interleave(BLOCK[format] // SCALE_BLOCK, dim=1)
+    found = F.pad(found, (0, columns // SCALE_BLOCK, 0, rows), value=_EXPONENT_BIAS << 3)
+    found = ((found >> 4) | (found << 4)).to(torch.uint8).view(torch.int8)
+    # [tile, half, g, pair, chunk, t] -> [tile, pair, g, t, chunk, half]
+    scales = found.view(-1, 2, 8, found.shape[1] // 8, 2, 4).permute(0, 3, 2, 5, 4, 1)
+    return Packed(words.flatten(1), scales.flatten(1).contiguous(), channel)
 
 
 def fits(scale: torch.Tensor, format: str) -> bool:
@@ -103,18 +133,33 @@ def fits(scale: torch.Tensor, format: str) -> bool:
     return inside and bool((exponents.amax(dim=1) - exponents.amin(dim=1) <= _TOP_EXPONENT - _LEAST_EXPONENT).all())
 
 
-def unpack(packed: Packed, format: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def _nibbles(packed: Packed) -> torch.Tensor:
+    """uint8 [tiles * 16, pairs * 128]."""
+    words = packed.words.view(packed.words.shape[0], -1, 8, 4, 4)
+    values = [
+        ((words >> (SIGNS[part] + 16 * odd)) & 1) << 3 | ((words >> (MAGNITUDES[part] + 16 * odd)) & 7)
+        for odd in range(2)
+        for part in range(4)
+    ]
+    parts = torch.stack(values, -1).to(torch.uint8).unflatten(-1, (2, 2, 2))
+    # [tile, chunk, g, t, j, even or odd, 2, half] -> [tile, half, g, chunk, t, j, 2, even or odd]
+    return parts.permute(0, 7, 2, 1, 3, 4, 6, 5).reshape(words.shape[0] * TILE, -1)
+
+
+def _codes(packed: Packed) -> torch.Tensor:
+    """Scale codes, exponent above mantissa: int32 [tiles * 16, pairs * 8]."""
+    byte = packed.scales.view(torch.uint8).to(torch.int32).view(packed.scales.shape[0], -1, 8, 4, 2, 2)
+    rows = byte.permute(0, 5, 2, 1, 4, 3).reshape(packed.scales.shape[0] * TILE, -1)
+    return ((rows & 15) << 4) | (rows >> 4)
+
+
+def unpack(packed: Packed, format: str, in_features: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The codes, scales and global scale that `pack` was given."""
-    n = packed.words.shape[0]
-    values = []
-    for j in range(VALUES_A_WORD):
-        high = 16 * (j // 4)
-        values.append(((packed.words >> (SIGNS[j % 4] + high)) & 1) << 3 | ((packed.words >> (MAGNITUDES[j % 4] + high)) & 7))
-    nibbles = torch.stack(values, -1).to(torch.uint8).view(n, -1, 2)
-    code = packed.scales[:, :: BLOCK[format] // VALUES_A_WORD].contiguous().view(torch.uint8).to(torch.int32)
+    n, width = packed.channel.shape[0], -(-in_features // BLOCK[format]) * BLOCK[format]
+    nibbles = _nibbles(packed)[:n, :width].reshape(n, -1, 2)
+    code = _codes(packed)[:n, : width // SCALE_BLOCK : BLOCK[format] // SCALE_BLOCK]
     if format == "nvfp4":
-        value = torch.ldexp((8 + (code & 7)).float(), (code >> 3) - _EXPONENT_BIAS - 3)
-        scale = value.to(torch.float8_e4m3fn)
+        scale = torch.ldexp((8 + (code & 7)).float(), (code >> 3) - _EXPONENT_BIAS - 3).to(torch.float8_e4m3fn)
     else:
         base = torch.frexp(packed.channel * _VALUE_SCALE)[1] - 1 + 127 + _TOP_EXPONENT - _EXPONENT_BIAS
         scale = ((code >> 3) - _TOP_EXPONENT + base[:, None]).to(torch.uint8)
@@ -125,13 +170,11 @@ def unpack(packed: Packed, format: str) -> tuple[torch.Tensor, torch.Tensor, tor
 def dequantize(packed: Packed, in_features: int) -> torch.Tensor:
     """The packed weight as float32 [N, in_features], the scale of its tensor or row included."""
     table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=packed.words.device)
-    columns = []
-    for j in range(VALUES_A_WORD):
-        high = 16 * (j // 4)
-        columns.append(table[((packed.words >> (SIGNS[j % 4] + high)) & 1) * 8 + ((packed.words >> (MAGNITUDES[j % 4] + high)) & 7)])
-    code = packed.scales.view(torch.uint8).to(torch.int32)
+    code = _codes(packed)
     scale = torch.ldexp((8 + (code & 7)).float(), (code >> 3) - _EXPONENT_BIAS - 3)
-    return (torch.stack(columns, -1) * scale[..., None]).flatten(1)[:, :in_features] * (packed.channel * _VALUE_SCALE)[:, None]
+    values = table[_nibbles(packed).to(torch.int32)].view(*scale.shape, SCALE_BLOCK) * scale[..., None]
+    n = packed.channel.shape[0]
+    return values.flatten(1)[:n, :in_features] * (packed.channel * _VALUE_SCALE)[:, None]
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -151,69 +194,81 @@ def crossover(n: int, k: int, on: torch.device) -> int:
     return tables.crossover(KERNEL, n, k, device(on.index).name, "dequantize")
 
 
-def block_m(m: int) -> int:
-    """Rows of x that one program computes: the smallest of 8, 16, 32, 64 that holds m, 64 above."""
-    return next((b for b in (8, 16, 32) if m <= b), MAX_ROWS)
+def groups(m: int) -> int:
+    """Groups of eight rows of x that one program computes: the smallest of 1, 2, 4, 8 that holds m, 8 above."""
+    return next((c for c in (1, 2, 4) if m <= 8 * c), MAX_ROWS // 8)
 
 
 def choose(m: int, n: int, k: int, on: Device) -> Config:
-    """The measured configuration for this layer on this GPU at the next M that was measured, else a rule drawn from the H200's."""
+    """The measured configuration for this layer on this GPU at the next M that was measured, else a rule drawn from measured ones."""
     table = tuned(on.name)
     for rows in ROWS:
         if (m <= rows or rows == MAX_ROWS) and (n, k, rows) in table:
             return table[n, k, rows]
-    overlap = "late" if on.dependent_launch else "none"
-    words = 32
-    # Enough programs that each processor holds two, and at least two steps for each.
-    split = next((s for s in (8, 4, 2) if -(-n // 64) * s <= 4 * on.processors and k >= 2 * s * words * VALUES_A_WORD), 1)
-    return Config(64, words, split, num_warps=4, num_stages=3 if on.shared >= 90_000 else 2, overlap=overlap)
+    # Four warps side by side share what they read of x; K is split until each processor holds about six programs.
+    wide = groups(m)
+    tiles = 1 if wide < 4 else 2
+    programs = -(-n // (4 * tiles * TILE))
+    split = next((s for s in (8, 4, 2) if programs * s <= 6 * on.processors and k >= s * PAIR), 1)
+    depth, ahead, registers = {1: (2, 1, 64), 2: (1, 0, 112)}.get(wide, (1, 0, 0))
+    return Config(tiles, 4, 4, depth, ahead, split, registers, on.dependent_launch)
 
 
 def launch(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, config: Config, out: torch.Tensor | None = None) -> torch.Tensor:
     """The operator on x [M, K] contiguous with this configuration, into out [M, N] where given."""
     m, k = x.shape
-    n, row_words = packed.words.shape
+    n, tiles, pairs = packed.channel.shape[0], packed.words.shape[0], packed.words.shape[1] // WORDS_A_PAIR
     out = x.new_empty((m, n)) if out is None else out
     if m == 0 or n == 0:
         return out
-    cuda = x.is_cuda and torch.version.hip is None
-    overlap = config.overlap if cuda and device(x.device.index).dependent_launch else "none"
-    extra = {} if overlap == "none" else {"launch_pdl": True}
-    step = config.words * VALUES_A_WORD
-    steps = -(-k // (config.split * step))
-    split = -(-k // (steps * step))
-    target = x.new_empty((split, m, n), dtype=torch.float32) if split > 1 else out
-    # AMD's matrix instructions are 16 wide at least.
-    rows = block_m(m) if torch.version.hip is None else max(block_m(m), 16)
     bias_or_any = packed.channel if bias is None else bias
-    _tile[(-(-n // config.block_n), split, -(-m // rows))](
-        x,
-        packed.words,
-        packed.scales,
-        packed.channel,
+    if fragment is None or not (x.is_cuda and device(x.device.index).mma):
+        # AMD's matrix instructions are 16 wide at least.
+        block_m = max(8 * groups(m), 16)
+        grid = (-(-tiles // _PORTABLE_TILES), -(-m // block_m))
+        flags = {"HAS_BIAS": bias is not None, "BLOCK_M": block_m, "ROWS": _PORTABLE_TILES, "num_warps": 4, "num_stages": 1}
+        _portable[grid](x, *packed, bias_or_any, out, m, n, k, tiles, pairs, **flags)
+        return out
+    if k % PAIR:
+        x = F.pad(x, (0, -k % PAIR))
+    elif x.data_ptr() % 16:
+        x = x.clone()
+    overlap = config.overlap and device(x.device.index).dependent_launch
+    steps, split, even = config.steps(k)
+    target = x.new_empty((split, m, n), dtype=torch.float32) if split > 1 else out
+    columns = groups(m)
+    extra = {"launch_pdl": True} if overlap else {}
+    registers = {"maxnreg": config.registers} if config.registers else {}
+    kernel: Any = fragment.tile
+    kernel[(-(-tiles // (config.tiles * config.warps_n)), split, -(-m // (8 * columns)))](
+        x.view(torch.int32),
+        *packed,
         bias_or_any,
         target,
         m,
         n,
-        k,
-        row_words,
-        steps,
+        pairs * PAIR // 2,
+        tiles,
+        pairs,
         HAS_BIAS=bias is not None,
         PARTIAL=split > 1,
-        EVEN=k == split * steps * step == row_words * VALUES_A_WORD,
-        BLOCK_M=rows,
-        BLOCK_N=config.block_n,
-        Q=config.words,
-        ASM=cuda,
-        EARLY=overlap == "early",
-        LATE=overlap == "late",
+        EVEN=even,
+        HALF=x.dtype == torch.float16,
+        STEPS=steps,
+        ROWS=config.tiles,
+        COLUMNS=columns,
+        WARPS=config.num_warps,
+        WARPS_N=config.warps_n,
+        DEPTH=min(config.depth, steps),
+        DEPTH_X=min(config.depth_x, steps - 1),
+        OVERLAP=overlap,
         num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **registers,
         **extra,
     )
     if split > 1:
         scales = (packed.channel, packed.channel, bias_or_any)
-        flags = {"HAS_BIAS": bias is not None, "HAS_ROW_SCALE": False, "PDL": overlap != "none"}
+        flags = {"HAS_BIAS": bias is not None, "HAS_ROW_SCALE": False, "PDL": overlap}
         _sum_splits[(-(-n // 512), m)](target, *scales, out, m, n, SPLIT=split, BLOCK=512, **flags, **extra)
     return out
 
@@ -222,15 +277,15 @@ def launch(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, config: C
 def _linear(x: torch.Tensor, words: torch.Tensor, scales: torch.Tensor, channel: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     k = x.shape[-1]
     flat = x.reshape(-1, k).contiguous()
-    config = choose(flat.shape[0], words.shape[0], k, device(x.device.index))
+    config = choose(flat.shape[0], channel.shape[0], k, device(x.device.index))
     with torch.cuda.device_of(x):
         y = launch(flat, Packed(words, scales, channel), bias, config)
-    return y.view(*x.shape[:-1], words.shape[0])
+    return y.view(*x.shape[:-1], channel.shape[0])
 
 
 @_linear.register_fake
 def _(x: torch.Tensor, words: torch.Tensor, scales: torch.Tensor, channel: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], words.shape[0]))
+    return x.new_empty((*x.shape[:-1], channel.shape[0]))
 
 
 def linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -238,18 +293,15 @@ def linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = None) ->
 
     Values times block scales are exact; sums in float32, channel and bias on the sum, one rounding at the end. Right for any
     number of rows, made for 1 to 64. Raises ValueError when tensors do not fit."""
-    words = packed.words
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"skinny_w4a16: x must be bfloat16 or float16, got {x.dtype}")
-    extra = words.shape[-1] * VALUES_A_WORD - x.shape[-1]
-    if words.dtype != torch.int32 or words.dim() != 2 or not words.is_contiguous() or not 0 <= extra < max(BLOCK.values()):
-        shown = f"{words.dtype} {tuple(words.shape)}"
-        raise ValueError(f"skinny_w4a16: words must be int32 [N, W] from skinny_w4a16.pack of a weight [N, {x.shape[-1]}], got {shown}")
-    if packed.scales.dtype != torch.int8 or packed.scales.shape != words.shape or not packed.scales.is_contiguous():
-        raise ValueError(f"skinny_w4a16: scales must be int8 {tuple(words.shape)}, got {packed.scales.dtype} {tuple(packed.scales.shape)}")
-    for name, values in (("channel", packed.channel), ("bias", bias)):
-        if values is not None and (values.dtype != torch.float32 or values.shape != words.shape[:1] or not values.is_contiguous()):
-            raise ValueError(
-                f"skinny_w4a16: {name} must be contiguous float32 [{words.shape[0]}], got {values.dtype} {tuple(values.shape)}"
-            )
-    return _linear(x, words, packed.scales, packed.channel, bias)
+    n = packed.channel.shape[0]
+    tiles, pairs = -(-n // TILE), -(-x.shape[-1] // PAIR)
+    expected = (("words", torch.int32, (tiles, pairs * WORDS_A_PAIR)), ("scales", torch.int8, (tiles, pairs * SCALES_A_PAIR)))
+    for name, dtype, shape in (*expected, ("channel", torch.float32, (n,)), ("bias", torch.float32, (n,))):
+        values = bias if name == "bias" else getattr(packed, name)
+        if values is not None and (values.dtype != dtype or values.shape != shape or not values.is_contiguous()):
+            made = f", from skinny_w4a16.pack of a weight [{n}, {x.shape[-1]}]" if name in ("words", "scales") else ""
+            shown = f"{values.dtype} {tuple(values.shape)}"
+            raise ValueError(f"skinny_w4a16: {name} must be contiguous {dtype} {shape}{made}, got {shown}")
+    return _linear(x, packed.words, packed.scales, packed.channel, bias)

@@ -12,33 +12,52 @@ from kernel_pytorch.kernels.skinny_w4a16 import Config
 from kernel_pytorch.kernels.tune import Space
 
 Stored = tuple[torch.Tensor, ...]
-TILES = ((64, 4), (64, 2), (128, 4), (128, 8), (32, 2))
 
 
 def candidates(m: int, n: int, k: int, device: torch.device) -> list[Config]:
     on = op.device(device.index)
+    pairs, tiles, wide = -(-k // op.PAIR), -(-n // op.TILE), op.groups(m)
     found = [
-        Config(block_n, words, split, warps, 2, overlap)
-        for overlap in (("early", "late") if on.dependent_launch else ("none",))
-        for words in (32, 64)
+        Config(rows, warps, warps_n, depth, 1 if wide == 1 else 0, split, registers, on.dependent_launch)
+        for rows, warps, warps_n in (
+            (1, 4, 1),
+            (1, 4, 2),
+            (2, 4, 1),
+            (2, 4, 2),
+            (1, 4, 4),
+            (2, 4, 4),
+            (1, 8, 4),
+            (1, 8, 8),
+            (1, 8, 2),
+            (1, 16, 1),
+        )
         for split in (1, 2, 4, 8)
-        for block_n, warps in TILES
-        if split == 1 or (k >= 2 * split * words * op.VALUES_A_WORD and -(-n // block_n) * split <= 16 * on.processors)
+        for depth in ((2, 4) if wide == 1 else (1, 2))
+        for registers in (64, 96, 128, 168)[wide > 1 :: 2]
+        if pairs >= 2 * split * (warps // warps_n)
+        and pairs <= 32 * split * (warps // warps_n)
+        and rows * wide <= 8
+        and depth <= pairs // (warps // warps_n * split)
+        and registers * warps * 32 <= 65536
+        and 12 + 9 * rows * depth + 6 * rows * wide + 16 * wide <= registers + 8
+        and registers <= 64 + 32 * rows * wide
+        and (warps_n == 1) <= (wide <= 2)
+        and on.processors <= tiles // (rows * warps_n) * split <= (8 if split > 1 else 16) * on.processors
     ]
     return list(dict.fromkeys([op.choose(m, n, k, on), *found]))
 
 
 def neighbours(config: Config, m: int, n: int, k: int, device: torch.device) -> list[Config]:
-    found = [replace(config, num_stages=stages) for stages in (config.num_stages - 1, config.num_stages + 1) if stages >= 2]
-    found += [replace(config, split=split) for split in (config.split // 2, config.split * 2) if split]
-    found += [replace(config, words=words) for words in (config.words // 2, config.words * 2) if 16 <= words <= 128]
-    found += [replace(config, num_warps=warps) for warps in (config.num_warps // 2, config.num_warps * 2) if 1 <= warps <= 8]
+    steps = config.steps(k)[0]
+    found = [replace(config, depth=depth) for depth in (config.depth - 1, config.depth + 1) if 1 <= depth <= steps]
+    found += [replace(config, depth_x=depth) for depth in (config.depth_x - 1, config.depth_x + 1) if 0 <= depth < steps]
+    found += [replace(config, registers=registers) for registers in (48, 80, 112, 0) if registers * config.num_warps * 32 <= 65536]
     return found
 
 
 def variant(config: Config, m: int, n: int, k: int) -> Hashable:
-    whole = k % (config.split * config.words * op.VALUES_A_WORD) == 0
-    return op.block_m(m), replace(config, split=min(config.split, 2)), whole
+    steps, split, even = config.steps(k)
+    return op.groups(m), replace(config, split=min(split, 2)), steps, even
 
 
 def store(weight: torch.Tensor) -> Stored:
@@ -46,7 +65,6 @@ def store(weight: torch.Tensor) -> Stored:
     n, k = weight.shape
     rng = torch.Generator(weight.device).manual_seed(n + k)
     codes = torch.randint(0, 256, (n, -(-k // 16) * 8), dtype=torch.uint8, device=weight.device, generator=rng)
-    codes[:, k // 2 :] = 0
     scale = torch.rand(n, codes.shape[1] // 8, device=weight.device, generator=rng).add_(0.1).to(torch.float8_e4m3fn)
     return op.pack(codes, scale, "nvfp4", torch.tensor(0.01, device=weight.device))
 

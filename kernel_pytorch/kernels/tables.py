@@ -12,6 +12,8 @@ from kernel_pytorch.kernels.native import cache_folder
 
 # Rows up to which a kernel for few rows is used where nobody measured the crossover.
 UNKNOWN_CROSSOVER = 64
+# One chip with different memory: what was measured on one serves the other until that one is measured.
+SAME_CHIP = (frozenset({"NVIDIA H100 80GB HBM3", "NVIDIA H200"}),)
 # What names a row of each list.
 KEYS = {"configs": ("n", "k", "m"), "crossover": ("n", "k", "against")}
 
@@ -19,6 +21,10 @@ KEYS = {"configs": ("n", "k", "m"), "crossover": ("n", "k", "against")}
 def file_name(kernel: str, gpu: str) -> str:
     """gpu: what `torch.cuda.get_device_name` says."""
     return f"{kernel}.{gpu.replace(' ', '_').replace('/', '_')}.json"
+
+
+def shipped_file(kernel: str, gpu: str) -> Path:
+    return Path(__file__).with_name("tuned") / file_name(kernel, gpu)
 
 
 def user_file(kernel: str, gpu: str) -> Path:
@@ -49,11 +55,13 @@ def _by_key(name: str, table: dict[str, Any]) -> dict[tuple[Any, ...], dict[str,
 
 @functools.cache
 def load(kernel: str, gpu: str) -> dict[str, dict[tuple[Any, ...], dict[str, Any]]]:
-    """configs by (n, k, m), crossover by (n, k, against); the user's rows win over the package's. Read once a process."""
-    shipped, own = read(Path(__file__).with_name("tuned") / file_name(kernel, gpu)), read(user_file(kernel, gpu))
+    """configs by (n, k, m), crossover by (n, k, against); the user's rows win over the package's, and those over another GPU's of
+    the same chip. Read once a process."""
+    others = sorted(other for chip in SAME_CHIP if gpu in chip for other in chip - {gpu})
+    read_in_turn = [*(read(shipped_file(kernel, other)) for other in others), read(shipped_file(kernel, gpu)), read(user_file(kernel, gpu))]
     return {
-        "configs": {key: row["config"] for table in (shipped, own) for key, row in _by_key("configs", table).items()},
-        "crossover": {key: row for table in (shipped, own) for key, row in _by_key("crossover", table).items()},
+        "configs": {key: row["config"] for table in read_in_turn for key, row in _by_key("configs", table).items()},
+        "crossover": {key: row for table in read_in_turn for key, row in _by_key("crossover", table).items()},
     }
 
 

@@ -23,7 +23,7 @@ def fits(weight: WeightConfig, activation: ActivationConfig, stored: Stored) -> 
 
 
 class Skinny4(Matmul):
-    """The layer's weight holds the kernel's words, weight_scale a scale byte a word, weight_channel what sums are multiplied by."""
+    """The layer's weight holds the kernel's words, weight_scale its scale bytes, weight_channel what sums are multiplied by."""
 
     name = "skinny_w4a16+dequantize"
 
@@ -38,7 +38,7 @@ class Skinny4(Matmul):
         }
 
     def unpack(self, layer: QuantizedLinear) -> Stored:
-        codes, scale, global_scale = skinny_w4a16.unpack(_packed(layer), layer.format)
+        codes, scale, global_scale = skinny_w4a16.unpack(_packed(layer), layer.format, layer.in_features)
         stored = {"weight": codes, "weight_scale": scale}
         return stored if global_scale is None else {**stored, "weight_global_scale": global_scale}
 

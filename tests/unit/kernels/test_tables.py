@@ -103,3 +103,15 @@ def test_crossover_is_the_tables_row_for_that_road(cache):
     assert op.crossover(96, 64, cpu, "dequantize") == 0
     assert op.crossover(96, 64, cpu, "int8_mm") == 64
     assert op.crossover(64, 96, cpu, "scaled_mm") == 64
+
+
+def test_a_chip_with_other_memory_serves_until_it_is_measured(cache):
+    measured, other = tables.read(tables.shipped_file("skinny_w8a16", "NVIDIA H200")), "NVIDIA H100 80GB HBM3"
+    key = (6144, 4096, 8)
+    rows = {(entry["n"], entry["k"], entry["m"]): entry["config"] for entry in measured["configs"]}
+    assert tables.load("skinny_w8a16", other)["configs"][key] == rows[key]
+    path = tables.user_file("skinny_w8a16", other)
+    tables.write(path, {"configs": [row(*key, split=7)], "crossover": []})
+    tables.load.cache_clear()
+    assert tables.load("skinny_w8a16", other)["configs"][key]["split"] == 7
+    assert tables.load("skinny_w8a16", "NVIDIA H200")["configs"][key] == rows[key]

@@ -1,0 +1,217 @@
+"""NVIDIA kernel of skinny_w4a16: every lane loads its own operands of mma.m16n8k16, so no weight crosses a lane or shared memory.
+
+Written in Gluon, where the program says which lane holds what. A warp takes 16 rows of the weight and 128 columns a step: a lane
+loads two vectors of four words, four scale bytes and, for each eight rows of x, four vectors of eight values.
+
+W warps, lanes of a tensor [32 W, 4]: lane 4 g + t of a warp holds rows g and g + 8 and the columns 16 t to 16 t + 15 of a chunk of 64.
+"""
+
+# Gluon evaluates constexpr while it compiles; its annotations say otherwise.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+# The compiler adds tuples; it does not unpack them.
+# ruff: noqa: RUF005
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+# A half word holds four values: sign and magnitude at bits 15, 8-6; 9, 2-0; 10, 5-3; 14, 13-11. In the wider format's fields the
+# exponent bias is off by 126 (bf16) or 14 (f16).
+_SIGNS = "0x80008000"
+_BF16 = (
+    "and.b32 a, {w}, 0x81c081c0;\n",
+    "shl.b32 a, {w}, 6;\nand.b32 a, a, 0x81c081c0;\n",
+    "shl.b32 a, {w}, 3;\nshl.b32 b, {w}, 5;\nand.b32 a, a, 0x01c001c0;\nlop3.b32 a, b, " + _SIGNS + ", a, 0xea;\n",
+    "shr.u32 a, {w}, 5;\nshl.b32 b, {w}, 1;\nand.b32 a, a, 0x01c001c0;\nlop3.b32 a, b, " + _SIGNS + ", a, 0xea;\n",
+)
+_F16 = tuple(
+    f"{magnitude} a, {{w}}, {by};\nshl.b32 b, {{w}}, {sign};\nand.b32 a, a, 0x0e000e00;\nlop3.b32 a, b, {_SIGNS}, a, 0xea;\n"
+    for magnitude, by, sign in (("shl.b32", 3, 0), ("shl.b32", 9, 6), ("shl.b32", 6, 5), ("shr.u32", 2, 1))
+)
+
+
+def _unpack(chunk: int, half: bool) -> gl.constexpr:
+    """$0 to $15: four operands of mma; $16 to $19: their words; $20: scale bytes of rows g and g + 8, for this chunk and the other.
+
+    A scale byte has its exponent's upper four bits below and the rest above, so that two copies of it hold the 16-bit float's fields."""
+    lines = ["{", ".reg .b32 s0, s1, a, b, z;", f"mov.b32 z, {_SIGNS};"]
+    for row in range(2):
+        byte = str(2 * chunk + row) * 4
+        lines += [f"prmt.b32 s{row}, $20, $20, 0x{byte};"]
+        lines += [f"shl.b32 s{row}, s{row}, 3;"] if half else []
+        lines += [f"and.b32 s{row}, s{row}, {'0x7f807f80' if half else '0x0ff00ff0'};"]
+        lines += [] if half else [f"or.b32 s{row}, s{row}, 0x70007000;"]
+    for j in range(4):
+        for part, body in enumerate(_F16 if half else _BF16):
+            # sm_80 multiplies bf16 pairs only in a sum; adding -0 keeps the sign of a zero.
+            multiply = "mul.rn.f16x2 ${o}, a, s{r};" if half else "fma.rn.bf16x2 ${o}, a, s{r}, z;"
+            lines += [body.format(w=f"${16 + j}"), multiply.format(o=4 * j + part, r=part % 2)]
+    return gl.constexpr("\n".join([*lines, "}"]))
+
+
+def _multiply(kind: str) -> gl.constexpr:
+    """$0-$3: $4-$7 plus the products of two operands, $8-$11 and $12-$15, with the columns of x in $16-$19."""
+    mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"
+    first = f"{mma} {{d0, d1, d2, d3}}, {{$8, $9, $10, $11}}, {{$16, $17}}, {{$4, $5, $6, $7}};"
+    second = f"{mma} {{$0, $1, $2, $3}}, {{$12, $13, $14, $15}}, {{$18, $19}}, {{d0, d1, d2, d3}};"
+    return gl.constexpr("\n".join(["{", ".reg .f32 d0, d1, d2, d3;", first, second, "}"]))
+
+
+_BF16_0, _BF16_1, _F16_0, _F16_1 = _unpack(0, False), _unpack(1, False), _unpack(0, True), _unpack(1, True)
+_UNPACK_OPERANDS = gl.constexpr(",".join(["=&r"] * 16 + ["r"] * 5))
+_MMA_BF16, _MMA_F16 = _multiply("bf16"), _multiply("f16")
+_MMA_OPERANDS = gl.constexpr(",".join(["=&f"] * 4 + ["f"] * 4 + ["r"] * 12))
+
+
+@gluon.jit
+def _operands(words, scales, CHUNK: gl.constexpr, HALF: gl.constexpr):
+    """The weights of one chunk times their scales times 2 ** -8: four tensors, each the left operand of one mma a lane."""
+    asm: gl.constexpr = (_F16_0 if CHUNK == 0 else _F16_1) if HALF else (_BF16_0 if CHUNK == 0 else _BF16_1)
+    kinds: gl.constexpr = (gl.int32, gl.int32, gl.int32, gl.int32)
+    return gl.inline_asm_elementwise(asm, _UNPACK_OPERANDS, [words, scales], dtype=kinds, is_pure=True, pack=4)
+
+
+@gluon.jit
+def _add(acc, a0, a1, x, HALF: gl.constexpr):
+    asm: gl.constexpr = _MMA_F16 if HALF else _MMA_BF16
+    return gl.inline_asm_elementwise(asm, _MMA_OPERANDS, [acc, a0, a1, x], dtype=gl.float32, is_pure=True, pack=4)
+
+
+@gluon.jit
+def _load_weights(w_ptr, s_ptr, tile, tiles, pair, pairs, lane, part, ROWS: gl.constexpr, WARPS_N: gl.constexpr):
+    """Words of both chunks and scales of one step, for ROWS tiles of 16 rows."""
+    found = ()
+    for r in gl.static_range(ROWS):
+        at = (gl.minimum(tile + r * WARPS_N, tiles - 1) * pairs + pair) * 32 + lane
+        words = w_ptr + gl.expand_dims(at * 8 - lane * 4, 1) + gl.expand_dims(part, 0)
+        first = gl.load(words, eviction_policy="evict_first")
+        second = gl.load(words + 128, eviction_policy="evict_first")
+        scales = gl.load(s_ptr + gl.expand_dims(at * 4, 1) + gl.expand_dims(part, 0), eviction_policy="evict_first")
+        found = found + ((first, second, scales),)
+    return found
+
+
+@gluon.jit
+def _load_x(x_ptr, m, M, row_words, pair, pairs, t, part, COLUMNS: gl.constexpr, EVEN: gl.constexpr):
+    """What a lane multiplies in one step: for each eight rows of x, its 16 columns of both chunks."""
+    found = ()
+    everywhere = gl.expand_dims(part, 0) >= 0
+    for c in gl.static_range(COLUMNS):
+        row = m + c * 8
+        wanted = row < M if EVEN else (row < M) & (pair < pairs)
+        valid = gl.expand_dims(wanted, 1) & everywhere
+        at = x_ptr + gl.expand_dims(row.to(gl.int64) * row_words + pair * 64 + t * 8, 1) + gl.expand_dims(part, 0)
+        x0 = gl.load(at, mask=valid, other=0, eviction_policy="evict_last")
+        x1 = gl.load(at + 4, mask=valid, other=0, eviction_policy="evict_last")
+        x2 = gl.load(at + 32, mask=valid, other=0, eviction_policy="evict_last")
+        x3 = gl.load(at + 36, mask=valid, other=0, eviction_policy="evict_last")
+        found = found + ((x0, x1, x2, x3),)
+    return found
+
+
+@gluon.jit(do_not_specialize=["M"])
+def tile(
+    x_ptr,
+    w_ptr,
+    s_ptr,
+    channel_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    row_words,
+    tiles,
+    pairs,
+    HAS_BIAS: gl.constexpr,
+    PARTIAL: gl.constexpr,
+    EVEN: gl.constexpr,
+    HALF: gl.constexpr,
+    STEPS: gl.constexpr,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    WARPS: gl.constexpr,
+    WARPS_N: gl.constexpr,
+    DEPTH: gl.constexpr,
+    DEPTH_X: gl.constexpr,
+    OVERLAP: gl.constexpr,
+):
+    """x_ptr: int32, two values each. WARPS_N: warps that have rows of their own; the others of a program share K. ROWS: tiles of 16
+    rows a warp. COLUMNS: groups of eight rows of x. DEPTH, DEPTH_X: steps whose weights and x are asked for ahead. EVEN: every warp
+    has STEPS pairs of chunks."""
+    WARPS_K: gl.constexpr = WARPS // WARPS_N
+    # Two sums for each element while registers suffice: a sum is a chain of matrix instructions.
+    CHAINS: gl.constexpr = 2 if ROWS * COLUMNS <= 2 else 1
+    LANES: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0])
+    thread = gl.arange(0, WARPS * 32, gl.SliceLayout(1, LANES))
+    part = gl.arange(0, 4, gl.SliceLayout(0, LANES))
+    warp, lane = thread // 32, thread % 32
+    g, t = lane // 4, lane % 4
+    first_tile = gl.program_id(0) * (ROWS * WARPS_N)
+    own_tile = first_tile + warp % WARPS_N
+    split = gl.program_id(1)
+    first_m = gl.program_id(2) * (8 * COLUMNS)
+    m = first_m + g
+    first = split * (STEPS * WARPS_K) + warp // WARPS_N
+    if OVERLAP:
+        # Weights are constants: they may be read while the kernel before still runs, x may not.
+        gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    ahead = ()
+    for d in gl.static_range(DEPTH):
+        pair = first + d * WARPS_K if EVEN else gl.minimum(first + d * WARPS_K, pairs - 1)
+        ahead = ahead + (_load_weights(w_ptr, s_ptr, own_tile, tiles, pair, pairs, lane, part, ROWS, WARPS_N),)
+    if OVERLAP:
+        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    ahead_x = ()
+    for d in gl.static_range(DEPTH_X):
+        ahead_x = ahead_x + (_load_x(x_ptr, m, M, row_words, first + d * WARPS_K, pairs, t, part, COLUMNS, EVEN),)
+    sums = ()
+    for _ in gl.static_range(ROWS * COLUMNS * CHAINS):
+        sums = sums + (gl.zeros([WARPS * 32, 4], gl.float32, LANES),)
+    for step in gl.static_range(STEPS):
+        now = ahead[0]
+        rest = ahead[1:]
+        if step + DEPTH < STEPS:
+            pair = first + (step + DEPTH) * WARPS_K
+            if not EVEN:
+                pair = gl.minimum(pair, pairs - 1)
+            rest = rest + (_load_weights(w_ptr, s_ptr, own_tile, tiles, pair, pairs, lane, part, ROWS, WARPS_N),)
+        ahead = rest
+        if step + DEPTH_X < STEPS:
+            column = first + (step + DEPTH_X) * WARPS_K
+            ahead_x = ahead_x + (_load_x(x_ptr, m, M, row_words, column, pairs, t, part, COLUMNS, EVEN),)
+        xs = ahead_x[0]
+        ahead_x = ahead_x[1:]
+        added = ()
+        for r in gl.static_range(ROWS):
+            a0, a1, a2, a3 = _operands(now[r][0], now[r][2], 0, HALF)
+            b0, b1, b2, b3 = _operands(now[r][1], now[r][2], 1, HALF)
+            for c in gl.static_range(COLUMNS):
+                acc = _add(sums[(r * COLUMNS + c) * CHAINS], a0, a1, xs[c][0], HALF)
+                acc = _add(acc, a2, a3, xs[c][1], HALF)
+                if CHAINS == 2:
+                    added = added + (acc,)
+                    acc = sums[(r * COLUMNS + c) * CHAINS + 1]
+                acc = _add(acc, b0, b1, xs[c][2], HALF)
+                added = added + (_add(acc, b2, b3, xs[c][3], HALF),)
+        sums = added
+    # The warps' sums meet in shared memory. An element's place in a lane: half of the tile, then row of x; n is to run fastest.
+    OUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    i = gl.arange(0, WARPS_N * 128, OUT)
+    for r in gl.static_range(ROWS):
+        n = (first_tile + r * WARPS_N) * 16 + i % (16 * WARPS_N)
+        for c in gl.static_range(COLUMNS):
+            acc = sums[(r * COLUMNS + c) * CHAINS]
+            if CHAINS == 2:
+                acc += sums[(r * COLUMNS + c) * CHAINS + 1]
+            if WARPS_K > 1:
+                acc = gl.sum(gl.reshape(acc, [WARPS_K, WARPS_N * 128]), 0)
+            parts = gl.permute(gl.reshape(acc, [WARPS_N, 8, 4, 2, 2]), [2, 4, 0, 3, 1])
+            total = gl.convert_layout(gl.reshape(parts, [WARPS_N * 128]), OUT)
+            m_out = first_m + c * 8 + i // (16 * WARPS_N)
+            inside = (m_out < M) & (n < N)
+            if not PARTIAL:
+                total *= gl.load(channel_ptr + n, mask=inside, other=0.0)
+                if HAS_BIAS:
+                    total += gl.load(bias_ptr + n, mask=inside, other=0.0)
+            out = out_ptr + (split.to(gl.int64) * M + m_out) * N + n
+            gl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
