@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from kernel_pytorch.backends import capabilities, host
-from kernel_pytorch.backends.amd import AmdBackend
 from kernel_pytorch.backends.bandwidth import matmul_rates, read_bandwidth
 from kernel_pytorch.backends.base import Backend, Facts
-from kernel_pytorch.backends.cpu import CpuBackend
-from kernel_pytorch.backends.nvidia import NvidiaBackend
-from kernel_pytorch.schema import OnMismatch
+from kernel_pytorch.backends.detect import BACKENDS, make
+from kernel_pytorch.registry import BACKENDS_GROUP, DEVICES_GROUP, installed
+from kernel_pytorch.schema import BackendConfig, OnMismatch
 
 if TYPE_CHECKING:
     from kernel_pytorch.optimizer import Support
@@ -34,19 +33,33 @@ class Row:
     note: str = ""
 
 
-def diagnose(measure: bool = False, options: Iterable[tuple[str, Support]] = ()) -> list[Row]:
+def present_backends() -> list[Backend]:
+    """Ours of whose vendors this machine has a device, the CPU first."""
+    candidates = [make(vendor, BackendConfig(on_mismatch=OnMismatch.error)) for vendor in reversed(BACKENDS)]
+    return [backend for backend in candidates if backend.available()]
+
+
+def diagnose(
+    backends: Iterable[Backend] | None = None,
+    measure: bool = False,
+    options: Iterable[tuple[str, Support]] = (),
+    tried: Iterable[Row] = (),
+) -> list[Row]:
     """Everything about this machine that a recipe may depend on.
 
-    measure: also times memory and matmuls, which takes seconds. options: (`precision=int8_dynamic`, the step's own answer
-    for this machine) pairs; this layer does not know the steps."""
-    candidates = [vendor(hardware="any", on_mismatch=OnMismatch.error) for vendor in (CpuBackend, NvidiaBackend, AmdBackend)]
-    backends: list[Backend] = [backend for backend in candidates if backend.available()]
+    backends: those of this machine when left out. measure: also times memory and matmuls, which takes seconds.
+    options: (`precision=int8_dynamic`, the step's own answer for this machine) pairs; this layer does not know the steps.
+    tried: what became of each backend's claims."""
+    backends = present_backends() if backends is None else list(backends)
     rows = [Row("python", platform.python_version(), platform.platform()), Row("torch", torch.__version__)]
     rows += [_package(name) for name in _PACKAGES]
     for backend in backends:
         rows += _device(backend)
     if len(backends) == 1:
         rows.append(Row("gpu", "none", "torch.cuda finds no device"))
+    for kind, group in (("backend", BACKENDS_GROUP), ("device", DEVICES_GROUP)):
+        rows += [Row(f"installed {kind}", one.name, f"{one.target} of {one.package}") for one in installed(group).values()]
+    rows += tried
     rows += [Row(name, support.level.value, support.reason) for name, support in options]
     if measure:
         for backend in backends:
@@ -77,8 +90,13 @@ def _device(backend: Backend) -> list[Row]:
                 "beside fp16 and bf16",
             )
         )
-        rows.append(Row(f"{backend.vendor} driver", facts.details["driver"] or "unknown", f"torch is built for {facts.details['runtime']}"))
+        rows.append(Row(f"{backend.vendor} driver", facts.details.get("driver") or "unknown", _runtime(facts)))
     return rows
+
+
+def _runtime(facts: Facts) -> str:
+    runtime = facts.details.get("runtime")
+    return f"torch is built for {runtime}" if runtime else ""
 
 
 def _cpu_rows(facts: Facts) -> list[Row]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
 
+from kernel_pytorch.backends.optimizer import HookReceipt
 from kernel_pytorch.engine.steps import Step, active
 from kernel_pytorch.errors import NoEffectError
 from kernel_pytorch.optimizer import Applied, Context, Optimizer, tensor_bytes
@@ -28,6 +29,35 @@ class Built:
     model: nn.Module
     contexts: Contexts = field(default_factory=list)
     num_changed: int = 0
+
+
+def apply_all(
+    built: Built, steps: list[Step], context: Context, hooks: list[dict[str, Any]], *, replace: Callable[[], None], wrap: Callable[[], None]
+) -> None:
+    """Both halves of the engine's loop inside the backend's template, whose hooks stand before, between and after them.
+
+    replace: applies the steps that replace modules to `built`. wrap: those that wrap its call. hooks: gets what each of the
+    backend's hooks measured, as JSON types. A recipe without a step is the baseline, which no hook touches."""
+
+    def half(work: Callable[[], None]) -> Callable[[nn.Module], nn.Module]:
+        def run(model: nn.Module) -> nn.Module:
+            built.model = model
+            work()
+            return built.model
+
+        return run
+
+    receipts: list[HookReceipt] = []
+    template, model = context.backend.optimizer, built.model
+    try:
+        if not active(steps):
+            half(wrap)(half(replace)(model.eval()))
+        elif context.workload.phase == "train_step":
+            template.optimize_for_training(model, context, replace=half(replace), wrap=half(wrap), receipts=receipts)
+        else:
+            template.optimize_for_inference(model, context, replace=half(replace), wrap=half(wrap), receipts=receipts)
+    finally:
+        hooks.extend(asdict(receipt) for receipt in receipts)
 
 
 def apply_modules(

@@ -11,7 +11,7 @@ from torch import nn
 
 from kernel_pytorch.backends.base import Backend
 from kernel_pytorch.compile.inductor import InductorCompile
-from kernel_pytorch.engine.apply import Built, apply_calls, apply_modules
+from kernel_pytorch.engine.apply import Built, apply_all, apply_calls, apply_modules
 from kernel_pytorch.engine.clone import structural_clone
 from kernel_pytorch.engine.steps import Step, active
 from kernel_pytorch.measure.graphs import CompileCounts, compile_counts
@@ -20,8 +20,11 @@ from kernel_pytorch.optimizer import Context, Level, Workload
 from kernel_pytorch.report.result import COMPILED, RECIPE
 from kernel_pytorch.schema import CompileMode, MeasureConfig
 
+# Seconds of a first call, and what torch.compile did in it.
+FirstCall = tuple[float, CompileCounts]
 
-def first_call(model: nn.Module, workload: Workload, backend: Backend) -> tuple[float, CompileCounts]:
+
+def first_call(model: nn.Module, workload: Workload, backend: Backend) -> FirstCall:
     """Seconds of the first call (compilation, autotuning and capture included), and what was compiled in it."""
     workload.reset()
     started = time.perf_counter()
@@ -31,7 +34,7 @@ def first_call(model: nn.Module, workload: Workload, backend: Backend) -> tuple[
     return time.perf_counter() - started, counts
 
 
-def make_arm(name: str, model: nn.Module, workload: Workload, first: tuple[float, CompileCounts], held_bytes: int = 0) -> Arm:
+def make_arm(name: str, model: nn.Module, workload: Workload, first: FirstCall, held_bytes: int = 0) -> Arm:
     """An arm whose first call is behind it. Graph counts are left out for an arm that compiled nothing."""
     seconds, counts = first
     compiled = counts.compilations > 0
@@ -56,11 +59,21 @@ def compiled_baseline(steps: list[Step], context: Context) -> Step | None:
     return None if step.optimizer.support(context.backend).level is Level.unsupported else step
 
 
-def _with_steps(model: nn.Module, steps: list[Step], context: Context) -> nn.Module:
+def _with_steps(model: nn.Module, steps: list[Step], context: Context, *, hooks: bool) -> nn.Module:
     built = Built(structural_clone(model))
-    with torch.no_grad():
-        apply_modules(built, steps, context, {})
-    apply_calls(built, steps, context, {})
+
+    def replace() -> None:
+        with torch.no_grad():
+            apply_modules(built, steps, context, {})
+
+    def wrap() -> None:
+        apply_calls(built, steps, context, {})
+
+    if hooks:
+        apply_all(built, steps, context, [], replace=replace, wrap=wrap)
+    else:
+        replace()
+        wrap()
     return built.model
 
 
@@ -83,7 +96,8 @@ def time_ladder(
         for left_out, _ in active(steps):
             variants[f"{RECIPE} less {left_out.group}"] = [step for step in steps if step is not left_out]
     for name, some in variants.items():
-        variant = _with_steps(baseline, some, context)
+        # The fair baseline is torch.compile's own: what the backend adds to a recipe is the recipe's gain.
+        variant = _with_steps(baseline, some, context, hooks=name != COMPILED)
         between.append(make_arm(name, variant, workload, first_call(variant, workload, backend)))
     eager, *rest = called
     return measure_ladder(

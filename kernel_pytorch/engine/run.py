@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from kernel_pytorch.backends.base import Backend
-from kernel_pytorch.engine.apply import CALL_GROUPS, Built, apply_calls, apply_modules, require_effect, settle_receipts
+from kernel_pytorch.engine.apply import CALL_GROUPS, Built, apply_all, apply_calls, apply_modules, require_effect, settle_receipts
 from kernel_pytorch.engine.clone import structural_clone
-from kernel_pytorch.engine.gates import Gates
-from kernel_pytorch.engine.ladder import first_call, make_arm, time_ladder
+from kernel_pytorch.engine.gates import Evidence, Gates
+from kernel_pytorch.engine.ladder import FirstCall, first_call, make_arm, time_ladder
 from kernel_pytorch.engine.plan import Plan, make_plan
 from kernel_pytorch.engine.steps import Step, active, build_steps
 from kernel_pytorch.errors import OutOfMemoryError, PerformanceError, UnsupportedOperationError
@@ -22,7 +22,7 @@ from kernel_pytorch.measure.graphs import error_on_recompile_limit
 from kernel_pytorch.measure.ladder import MOST_ALLOWANCE, Arm, judge
 from kernel_pytorch.optimizer import Context, Workload, tensor_bytes
 from kernel_pytorch.report.progress import Progress
-from kernel_pytorch.report.result import EAGER, RECIPE, ModelResult, Report, WorkloadResult
+from kernel_pytorch.report.result import EAGER, RECIPE, ModelResult, Report, StepResult, WorkloadResult
 from kernel_pytorch.schema import RootConfig
 
 
@@ -73,28 +73,19 @@ class Run:
         """Returns the optimized model. Raises our errors after writing what was found into the report."""
         report, config = self.report, self.config
         baseline = structural_clone(model)
-        dtype = _dtype_of(baseline)
-        report.model = ModelResult(name, str(dtype).removeprefix("torch."), tensor_bytes(baseline))
+        report.model = ModelResult(name, str(_dtype_of(baseline)).removeprefix("torch."), tensor_bytes(baseline))
         report.workload = WorkloadResult(workload.phase, workload.batch, workload.length, workload.tokens_per_call)
         context = Context(self.job.backend, workload, emulate=plan.emulated, seed=config.seed)
         rows = {row.group: row for row in report.steps}
-        built = Built(model.eval() if inplace else structural_clone(model))
+        built = Built(model if inplace else structural_clone(model))
         gates = Gates(config.verify, config.precision, workload, report, seed=config.seed)
         with self.stage("baseline"):
             eager = first_call(baseline, workload, self.job.backend)
             expected = gates.rows(baseline)
-        with self.stage("apply"), torch.no_grad():
-            apply_modules(built, steps, context, rows, gates.checker())
-        if inplace and built.model is not model:
-            raise UnsupportedOperationError("a step makes a new model of another element type; leave out inplace")
-        report.model.bytes_after = tensor_bytes(built.model)
-        gates.judge_modules()
-        with self.stage("verify steps"), _entered(built):
-            wraps = any(step.group in CALL_GROUPS for step, _ in active(steps)) and not plan.emulated
-            evidence = gates.evidence(baseline, built.model, expected, dtype, wraps=wraps, quantized=rows["precision"].changed > 0)
-        with self.stage("compile"), error_on_recompile_limit():
-            apply_calls(built, steps, context, rows)
-            first = first_call(built.model, workload, self.job.backend)
+        halves = _Halves(self, steps, plan, context, rows, built, gates, baseline, expected, model if inplace else None)
+        apply_all(built, steps, context, report.hooks, replace=halves.replace, wrap=halves.wrap)
+        evidence, first = halves.evidence, halves.first
+        assert first is not None
         require_effect(steps, built, report.steps)
         # A held-out shape that the compiler gave up on would run eagerly and pass for compiled.
         with self.stage("verify"), error_on_recompile_limit():
@@ -140,6 +131,47 @@ class Run:
         else:
             report.verdict = "pass" if self.config.verify.enabled else "unverified"
         report.exit_code = 0
+
+
+@dataclass
+class _Halves:
+    """The two halves of applying a recipe, each with what is verified right after it. inplace: the caller's model, when that is
+    the one that changes. evidence, first: what the halves found, for the gates and the ladder."""
+
+    run: Run
+    steps: list[Step]
+    plan: Plan
+    context: Context
+    rows: dict[str, StepResult]
+    built: Built
+    gates: Gates
+    baseline: nn.Module
+    expected: torch.Tensor | None
+    inplace: nn.Module | None
+    evidence: Evidence | None = None
+    first: FirstCall | None = None
+
+    def replace(self) -> None:
+        """Steps that replace modules, judged one by one and as a whole before anything is compiled."""
+        run, built = self.run, self.built
+        with run.stage("apply"), torch.no_grad():
+            apply_modules(built, self.steps, self.context, self.rows, self.gates.checker())
+        if self.inplace is not None and built.model is not self.inplace:
+            raise UnsupportedOperationError("a step makes a new model of another element type; leave out inplace")
+        run.report.model.bytes_after = tensor_bytes(built.model)
+        self.gates.judge_modules()
+        with run.stage("verify steps"), _entered(built):
+            wraps = any(step.group in CALL_GROUPS for step, _ in active(self.steps)) and not self.plan.emulated
+            quantized = self.rows["precision"].changed > 0
+            dtype = _dtype_of(self.baseline)
+            self.evidence = self.gates.evidence(self.baseline, built.model, self.expected, dtype, wraps=wraps, quantized=quantized)
+
+    def wrap(self) -> None:
+        """Steps that wrap the call, and the first call, in which they compile and capture."""
+        with self.run.stage("compile"), error_on_recompile_limit():
+            self.run.report.model.bytes_after = tensor_bytes(self.built.model)
+            apply_calls(self.built, self.steps, self.context, self.rows)
+            self.first = first_call(self.built.model, self.context.workload, self.context.backend)
 
 
 @contextmanager

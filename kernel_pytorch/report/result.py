@@ -117,6 +117,8 @@ class Report:
     recipe: dict[str, Any] = field(default_factory=lambda: {"name": None, "digest": None, "overrides": []})
     environment: dict[str, Any] = field(default_factory=dict)
     steps: list[StepResult] = field(default_factory=list)
+    # What the backend's hooks did around the steps: when, name, before and after as measured, skipped with the reason.
+    hooks: list[dict[str, Any]] = field(default_factory=list)
     model: ModelResult = field(default_factory=ModelResult)
     workload: WorkloadResult = field(default_factory=WorkloadResult)
     verification: Verification = field(default_factory=Verification)
