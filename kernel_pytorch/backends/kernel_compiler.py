@@ -182,9 +182,9 @@ def require_triton() -> None:
     """Raises UnsupportedOperationError where Triton is not installed, or interprets kernels instead of compiling them."""
     if importlib.util.find_spec("triton") is None:
         raise UnsupportedOperationError("kernels are compiled by Triton, and it is not installed")
-    import triton
+    from triton import knobs
 
-    if triton.knobs.runtime.interpret:
+    if knobs.runtime.interpret:
         raise UnsupportedOperationError("Triton interprets kernels in this process: unset TRITON_INTERPRET to compile them")
 
 

@@ -14,13 +14,17 @@ from kernel_pytorch.kernels import (
     decode_attention_jit,
     row_quant,
     row_quant_jit,
+    skinny_w4a16,
+    skinny_w4a16_fragment,
+    skinny_w4a16_jit,
     skinny_w8a16,
     skinny_w8a16_jit,
     split_k_jit,
 )
-from kernel_pytorch.kernels.gpu_targets import GpuTarget, Toolchain
+from kernel_pytorch.kernels.gpu_targets import NVIDIA, GpuTarget, Toolchain
 
 Constant = bool | int | float | str
+_FOUR_BITS = {"w_ptr": "*i32", "s_ptr": "*i8", "channel_ptr": "*fp32", "bias_ptr": "*fp32"}
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,26 @@ def eight_bits(on: GpuTarget, config: skinny_w8a16.Config, *, format: str, block
     return _build(skinny_w8a16_jit.matrix, constants, _options(config), types, f"*{dtype}")
 
 
+def four_bits(on: GpuTarget, config: skinny_w4a16.Config, *, m: int = 8, k: int = 4096, dtype: str = "bf16") -> Build:
+    """NVIDIA's kernel. m: rows of x. k: in features."""
+    steps, split, even = config.steps(k)
+    constants: dict[str, Constant] = {"HAS_BIAS": True, "PARTIAL": split > 1, "EVEN": even, "HALF": dtype == "fp16", "STEPS": steps}
+    constants |= {"ROWS": config.tiles, "COLUMNS": skinny_w4a16.groups(m), "WARPS": config.num_warps, "WARPS_N": config.warps_n}
+    constants |= {"DEPTH": min(config.depth, steps), "DEPTH_X": min(config.depth_x, steps - 1)}
+    constants["OVERLAP"] = config.overlap and on.gpu.dependent_launch
+    options: dict[str, Constant] = {"num_warps": config.num_warps}
+    if config.registers:
+        options["maxnreg"] = config.registers
+    types = {"x_ptr": "*i32", **_FOUR_BITS, "out_ptr": "*fp32" if split > 1 else f"*{dtype}"}
+    return _build(skinny_w4a16_fragment.tile, constants, options, types, "*fp32")
+
+
+def portable_four_bits(on: GpuTarget, *, block_m: int = 16, dtype: str = "bf16") -> Build:
+    """The kernel of the other GPUs. block_m: rows of x that a program computes."""
+    constants: dict[str, Constant] = {"HAS_BIAS": True, "BLOCK_M": block_m, "ROWS": 8}
+    return _build(skinny_w4a16_jit.tile, constants, {"num_warps": 4, "num_stages": 1}, _FOUR_BITS, f"*{dtype}")
+
+
 def summed_splits(on: GpuTarget, *, split: int = 4, dtype: str = "bf16") -> Build:
     constants: dict[str, Constant] = {"HAS_BIAS": True, "HAS_ROW_SCALE": True, "SPLIT": split, "BLOCK": 512, "PDL": on.gpu.dependent_launch}
     return _build(split_k_jit.sum_splits, constants, {}, {"out_ptr": f"*{dtype}"}, "*fp32")
@@ -149,6 +173,8 @@ KERNELS: dict[str, Kernel] = {
     "row_quant.quantize": Kernel(lambda on: quantized_rows(on, row_quant_jit.quantize, format="int8")),
     "row_quant.rms_norm": Kernel(lambda on: quantized_rows(on, row_quant_jit.rms_norm, format="float8_e4m3fn")),
     "row_quant.swiglu": Kernel(lambda on: quantized_rows(on, row_quant_jit.swiglu, format="float8_e4m3fnuz", k=14336)),
+    "skinny_w4a16_fragment.tile": Kernel(lambda on: four_bits(on, skinny_w4a16.choose(8, 4096, 4096, on.gpu)), only=NVIDIA),
+    "skinny_w4a16.tile": Kernel(portable_four_bits),
     "skinny_w8a16.matrix": Kernel(lambda on: eight_bits(on, skinny_w8a16.choose(64, 28672, 4096, on.gpu), format="float8_e4m3fn")),
     "skinny_w8a16.vector": Kernel(lambda on: _vector(on, "float8_e4m3fn")),
     "split_k.sum_splits": Kernel(summed_splits),

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
 
+from kernel_pytorch.backends.kernel_compiler import compiler_for
+from kernel_pytorch.kernels import builds
 from kernel_pytorch.kernels import skinny_w4a16 as op
 from kernel_pytorch.kernels import skinny_w4a16_jit as jit
+from kernel_pytorch.kernels.gpu_targets import GPU_TARGETS
 from kernel_pytorch.precision.storage import STORAGES
 from kernel_pytorch.schema import WeightConfig
 
@@ -123,52 +122,24 @@ def test_measured_configurations_and_the_rule_without_them():
     assert op.choose(32, 28672, 4096, another) == op.Config(2, 4, 4, 1, 0, split=2, overlap=False)
 
 
-TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), "mma.sync", 166912),
-    "sm_90": (GPUTarget("cuda", 90, 32), "mma.sync", 232448),
-    "sm_100": (GPUTarget("cuda", 100, 32), "mma.sync", 232448),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), "v_mfma", 65536),
-    "gfx950": (GPUTarget("hip", "gfx950", 64), "v_mfma", 163840),
-}
-POINTERS = {"w_ptr": "*i32", "s_ptr": "*i8", "channel_ptr": "*fp32", "bias_ptr": "*fp32"}
-
-
-def compiled(target: GPUTarget, dtype: str, m: int, config: op.Config | None) -> triton.compiler.CompiledKernel:
-    """The fragment kernel where a config is given, else the portable one, for a weight of 4096 x 4096."""
-    types = {"x_ptr": f"*{dtype}" if config is None else "*i32", **POINTERS, "out_ptr": f"*{dtype}"}
-    flags: dict[str, int] = {"HAS_BIAS": True}
-    if config is None:
-        types |= dict.fromkeys(("M", "N", "K", "tiles", "pairs"), "i32")
-        flags |= {"BLOCK_M": 16, "ROWS": 8}
-    else:
-        types |= dict.fromkeys(("M", "N", "row_words", "tiles", "pairs"), "i32")
-        steps, split, even = config.steps(4096)
-        flags |= {"PARTIAL": split > 1, "EVEN": even, "HALF": dtype == "fp16", "STEPS": steps, "ROWS": config.tiles}
-        flags |= {"COLUMNS": op.groups(m), "WARPS": config.num_warps, "WARPS_N": config.warps_n, "DEPTH": min(config.depth, steps)}
-        flags |= {"DEPTH_X": min(config.depth_x, steps - 1), "OVERLAP": config.overlap}
-        types["out_ptr"] = "*fp32" if split > 1 else types["out_ptr"]
-    signature = types | dict.fromkeys(flags, "constexpr")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, part in enumerate(types) if part != "M"}
-    make, source = (GluonASTSource, op.fragment.tile) if config else (ASTSource, jit.tile)
-    options = {"num_warps": config.num_warps if config else 4} | ({"maxnreg": config.registers} if config and config.registers else {})
-    return triton.compile(make(source, signature=signature, constexprs=flags, attrs=aligned), target=target, options=options)
-
-
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", GPU_TARGETS)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("m", [8, 32])
 def test_compiles_to_matrix_instructions_within_shared_memory(name, dtype, m):
-    target, instruction, shared = TARGETS[name]
-    cuda = target.backend == "cuda"
-    config = op.choose(m, 4096, 4096, op.Device("another", 108, shared, cuda and int(target.arch) >= 90, True, True)) if cuda else None
-    built = compiled(target, dtype, m, config)
-    assert instruction in built.asm["ptx" if cuda else "amdgcn"]
-    assert built.metadata.shared <= shared
+    on = GPU_TARGETS[name]
+    if on.cuda:
+        build = builds.four_bits(on, op.choose(m, 4096, 4096, on.gpu), m=m, dtype=dtype)
+    else:
+        build = builds.portable_four_bits(on, block_m=max(16, m), dtype=dtype)
+    code = compiler_for(name).compile(build)
+    assert ("mma.sync" if on.cuda else "v_mfma") in code.assembly
+    assert code.shared_bytes <= on.gpu.shared
 
 
 def test_no_weight_crosses_a_lane():
     """Until the sums meet, the NVIDIA kernel has no shared memory, no shuffle: what a lane loads is what it multiplies."""
-    ptx = compiled(TARGETS["sm_90"][0], "bf16", 8, op.Config(1, 4, 1, 2, 1, split=2, registers=64, overlap=False)).asm["ptx"]
+    config = op.Config(1, 4, 1, 2, 1, split=2, registers=64, overlap=False)
+    ptx = compiler_for("sm_90").compile(builds.four_bits(GPU_TARGETS["sm_90"], config)).assembly
     loop = ptx[: ptx.rindex("mma.sync")]
     assert "st.shared" not in loop
     assert "shfl" not in loop
