@@ -51,6 +51,8 @@ DEVICES: dict[str, Device] = {
         Device("rx9070xt", "amd", "gfx1201", 16 * GiB, 0.64e12, f"{_ROCM_TABLE}; AMD Radeon RX 9070 XT product page"),
         # One chip is one device of torch_xla.
         Device("tpu_v5e", "tpu", "v5e", 16 * 10**9, 0.819e12, "Cloud TPU documentation, TPU v5e: HBM2 capacity and bandwidth of a chip"),
+        Device("tpu_v5p", "tpu", "v5p", 95 * 10**9, 2.765e12, "Cloud TPU documentation, TPU v5p: HBM2e capacity and bandwidth of a chip"),
+        Device("tpu_v6e", "tpu", "v6e", 32 * 10**9, 1.6e12, "Cloud TPU documentation, TPU v6e: HBM capacity and bandwidth of a chip"),
     )
 }
 

@@ -254,7 +254,9 @@ def tensor_bytes(module: nn.Module) -> int:
     total = 0
     for tensor in [*module.parameters(), *module.buffers()]:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen or storage.nbytes() == 0:
-            seen.add(storage.data_ptr())
+        # An XLA tensor's storage has no address; none is a view of another.
+        key = id(tensor) if tensor.device.type == "xla" else storage.data_ptr()
+        if key not in seen or storage.nbytes() == 0:
+            seen.add(key)
             total += storage.nbytes()
     return total

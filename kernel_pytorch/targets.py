@@ -20,6 +20,7 @@ TARGETS: dict[str, Target] = {
     "kernel_pytorch.backends.cpu.CpuBackend": Target("backend", ("hardware", "on_mismatch")),
     "kernel_pytorch.backends.nvidia.NvidiaBackend": Target("backend", ("hardware", "on_mismatch")),
     "kernel_pytorch.backends.amd.AmdBackend": Target("backend", ("hardware", "on_mismatch")),
+    "kernel_pytorch.backends.tpu.TpuBackend": Target("backend", ("hardware", "on_mismatch")),
     "kernel_pytorch.attention.sdpa.SdpaBackendChoice": Target("attention", ("backend",)),
     "kernel_pytorch.attention.decode.DecodeAttention": Target("attention", ()),
     "kernel_pytorch.fusion.projections.FuseProjections": Target("fusion", ("include", "exclude")),

@@ -7,6 +7,7 @@ planned for a device that is not there. A vendor says what only it knows; what i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -122,6 +123,14 @@ class Backend(ABC):
     @abstractmethod
     def synchronize(self) -> None:
         """Waits for the device."""
+
+    def flush(self) -> None:
+        """Starts what a call has queued, on devices that wait to be told: a timed call that nobody reads would not run."""
+        return None
+
+    def inference(self) -> AbstractContextManager[Any]:
+        """What calls that need no gradient run in."""
+        return torch.inference_mode()
 
     @abstractmethod
     def make_memory(self) -> MemoryManager:

@@ -16,6 +16,7 @@ from kernel_pytorch.schema import BackendConfig, nearest
 BACKENDS: dict[str, str] = {
     "nvidia": "kernel_pytorch.backends.nvidia.NvidiaBackend",
     "amd": "kernel_pytorch.backends.amd.AmdBackend",
+    "tpu": "kernel_pytorch.backends.tpu.TpuBackend",
     "cpu": "kernel_pytorch.backends.cpu.CpuBackend",
 }
 

@@ -79,6 +79,8 @@ def _device(backend: Backend) -> list[Row]:
     rows = [Row(backend.vendor, facts.name, facts.arch or "architecture unknown"), _memory(backend)]
     if backend.vendor == "cpu":
         rows += _cpu_rows(facts)
+    elif backend.vendor == "tpu":
+        rows.append(Row("tpu runtime", facts.details["runtime"], f"{facts.details['num_devices']} devices"))
     else:
         has = [name for name in capabilities.NVIDIA if capabilities.has(facts.arch, name)]
         formats = capabilities.matmul_formats(facts.arch)
@@ -124,6 +126,8 @@ def _memory(backend: Backend) -> Row:
 
 
 def _measured(backend: Backend) -> list[Row]:
+    if backend.vendor == "tpu":
+        return [Row("tpu memory read", "not measured", "what is timed here does not wait for XLA")]
     if backend.vendor == "cpu":
         cache, free = host.last_level_cache_bytes(), backend.available_memory_bytes()
     else:

@@ -9,14 +9,24 @@ import torch
 from torch import nn
 
 from kernel_pytorch.backends.base import Backend
+from kernel_pytorch.backends.xla_programs import XlaPrograms
 from kernel_pytorch.compile.passes import FuseEpilogues
 from kernel_pytorch.optimizer import Level, Support
 from kernel_pytorch.schema import CompileMode
 
 
-def compile_support(backend: Backend) -> Support:
-    """Inductor writes C++ for the CPU and Triton for GPUs; without their compilers there is nothing to run."""
+def compiler_name(backend: Backend) -> str:
+    """torch.compile's name for the compiler of this vendor."""
+    return "openxla" if backend.vendor == "tpu" else "inductor"
+
+
+def compile_support(backend: Backend, mode: CompileMode, dynamic: bool | None) -> Support:
+    """Inductor writes C++ for the CPU and Triton for GPUs; without their compilers there is nothing to run. XLA brings its own."""
     facts = backend.facts
+    if backend.vendor == "tpu":
+        if dynamic:
+            return Support(Level.unsupported, "compile.dynamic=true: XLA programs have fixed shapes; without it each shape gets its own")
+        return Support(Level.native, "XLA has one mode: max_autotune is as default" if mode is CompileMode.max_autotune else "")
     if backend.vendor == "cpu":
         if not facts.has_cxx_compiler:
             return Support(
@@ -29,10 +39,12 @@ def compile_support(backend: Backend) -> Support:
 
 
 def compile_keywords(backend: Backend, mode: CompileMode, *, isolate: bool) -> dict[str, Any]:
-    """`options` for torch.compile, and where this torch has it a recompile limit of the call's own when `isolate`: models of
+    """`backend` or `options` for torch.compile, and where this torch has it a recompile limit of the call's own when `isolate`: models of
     one class share their code, and past 8 compiled variants of it torch would run eagerly.
 
     Raises AssertionError if a backend's options turn CUDA graphs on."""
+    if backend.vendor == "tpu":
+        return {"backend": compiler_name(backend)}
     options = {"triton.cudagraphs": False, **backend.compile_options(mode.value)}
     assert options["triton.cudagraphs"] is False, "CUDA graphs belong to the group graph"
     if backend.vendor == "cpu":
@@ -45,12 +57,17 @@ def compile_keywords(backend: Backend, mode: CompileMode, *, isolate: bool) -> d
 
 def describe(keywords: dict[str, Any]) -> dict[str, Any]:
     """The options as the receipt shows them: JSON types."""
-    options = keywords["options"]
+    options = keywords.get("options", {})
     return {name: value if isinstance(value, (bool, int, float, str)) else type(value).__name__ for name, value in options.items()}
 
 
 def compile_module(module: nn.Module, **keywords: Any) -> None:
     """`module.compile()`, also for a class of torch's own such as nn.Sequential, whose frames torch.compile skips at the top."""
+    if keywords.get("backend") == "openxla":
+        # One program a shape is what XLA compiles: torch's own limit of recompilations does not count shapes then.
+        keywords.pop("dynamic", None)
+        module._compiled_call_impl = XlaPrograms(module._call_impl, **keywords)
+        return
     if not type(module).__module__.startswith("torch."):
         module.compile(**keywords)
         return

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from kernel_pytorch.backends.base import Backend
-from kernel_pytorch.compile.options import compile_keywords, compile_module, compile_support, describe
+from kernel_pytorch.compile.options import compile_keywords, compile_module, compile_support, compiler_name, describe
 from kernel_pytorch.optimizer import Applied, Context, Optimizer, Support, select_modules
 from kernel_pytorch.schema import CompileMode
 
@@ -24,7 +24,7 @@ class RegionalCompile(Optimizer):
         self.dynamic = dynamic
 
     def support(self, backend: Backend) -> Support:
-        return compile_support(backend)
+        return compile_support(backend, self.mode, self.dynamic)
 
     def apply(self, model: nn.Module, context: Context) -> Applied:
         blocks = repeated_blocks(model)
@@ -36,7 +36,9 @@ class RegionalCompile(Optimizer):
         for module in selection.matched.values():
             compile_module(module, fullgraph=self.fullgraph, dynamic=self.dynamic, **keywords)
         details = {"options": describe(keywords), "blocks": sorted(selection.matched)}
-        return Applied(model, skipped=selection.skipped, num_changed=len(selection.matched), kernels=("inductor",), details=details)
+        return Applied(
+            model, skipped=selection.skipped, num_changed=len(selection.matched), kernels=(compiler_name(context.backend),), details=details
+        )
 
 
 def repeated_blocks(model: nn.Module) -> set[str]:

@@ -91,7 +91,7 @@ def optimize(
         steps, plan = run.plan()
         optimized = run.execute(steps, plan, model, workload, name=type(model).__name__, inplace=inplace)
     # As it was verified and timed: compiled code is for this mode, and quantized layers have no gradients.
-    enter_contexts(Built(optimized, [torch.inference_mode]))
+    enter_contexts(Built(optimized, [backend.inference]))
     call: Call = held_out[0] if held_out else (args, dict(kwargs or {}))
     return Optimized(optimized, report, restore.Source(composed.config, composed.choices, composed.ignored, call, trained, original))
 
@@ -124,7 +124,7 @@ def load(folder: str | Path, model: nn.Module, *, overrides: Sequence[str] = ())
         describe_machine(report, backend)
         run = Run(make_job(config, choices, ignored, resolution), report, Progress(None))
         loaded, source = restore.load(saved, model, run)
-    enter_contexts(Built(loaded, [torch.inference_mode]))
+    enter_contexts(Built(loaded, [backend.inference]))
     return Optimized(loaded, report, source)
 
 
@@ -170,9 +170,11 @@ def _resolve_for(model: nn.Module, config: BackendConfig) -> tuple[Backend, Reso
         raise UnsupportedOperationError(f"the model is spread over {', '.join(sorted(map(str, devices)))}; put it on one device")
     kind = devices.pop().type
     # torch calls AMD's GPUs cuda, too.
-    vendor = {"cuda": "amd" if torch.version.hip else "nvidia"}.get(kind, kind)
+    vendor = {"cuda": "amd" if torch.version.hip else "nvidia", "xla": "tpu"}.get(kind, kind)
     if vendor not in BACKENDS and vendor not in installed(BACKENDS_GROUP):
-        raise UnsupportedOperationError(f"the model is on {kind}; supported are models on cpu and cuda, and what installed packages add")
+        raise UnsupportedOperationError(
+            f"the model is on {kind}; supported are models on cpu, cuda, xla, and what installed packages add"
+        )
     backend = make(vendor, config)
     native, reason = matches(config, backend)
     return backend, Resolution(backend, native, reason)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +28,8 @@ from kernel_pytorch.verify.model import (
 from kernel_pytorch.verify.module import ModuleCheck, ModuleValidator, first_tensor
 from kernel_pytorch.verify.rows import agreement
 
+Inference = Callable[[], AbstractContextManager[Any]]
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -43,11 +46,22 @@ class Evidence:
 
 
 class Gates:
-    """Verification of one run. Every set of rows is collected from the same random state."""
+    """Verification of one run. Every set of rows is collected from the same random state.
 
-    def __init__(self, verify: VerifyConfig, precision: PrecisionConfig, workload: Workload, report: Report, *, seed: int) -> None:
+    inference: what calls that need no gradient run in, of the backend."""
+
+    def __init__(
+        self,
+        verify: VerifyConfig,
+        precision: PrecisionConfig,
+        workload: Workload,
+        report: Report,
+        *,
+        seed: int,
+        inference: Inference = torch.inference_mode,
+    ) -> None:
         self.verify, self.precision, self.workload, self.report = verify, precision, workload, report
-        self._seed = seed
+        self._seed, self._inference = seed, inference
         self._checks: list[ModuleCheck] = []
         self._unchecked: list[str] = []
 
@@ -55,7 +69,7 @@ class Gates:
         """[rows, D] held-out outputs of `model`, or None when verification is off."""
         if not self.verify.enabled:
             return None
-        with torch.inference_mode(), self._same_random_numbers():
+        with self._inference(), self._same_random_numbers():
             return collect_rows(model, self.workload, self.verify.num_rows)
 
     @contextmanager
@@ -67,7 +81,7 @@ class Gates:
 
     def _call(self, model: nn.Module) -> torch.Tensor | None:
         self.workload.reset()
-        with torch.inference_mode(), self._same_random_numbers():
+        with self._inference(), self._same_random_numbers():
             output = first_tensor(self.workload.call(model))
         self.workload.reset()
         return None if output is None or not output.is_floating_point() else output.detach().float().cpu().clone()
@@ -174,7 +188,7 @@ class Gates:
         # A row at cosine c from the baseline's has a noise of about 2 (1 - c) of its power.
         by_cosine = -10 * math.log10(max(2 * (1 - wanted["cosine_min"]), 1e-12))
         floor_db = wanted["sqnr_db"] if not found.sqnr_db >= wanted["sqnr_db"] else by_cosine
-        with torch.inference_mode(), self._same_random_numbers():
+        with self._inference(), self._same_random_numbers():
             return first_divergence(baseline, stepped_model, self.workload, floor_db=floor_db)
 
     def judge_model(self, model: nn.Module, evidence: Evidence | None) -> None:

@@ -28,21 +28,29 @@ def first_call(model: nn.Module, workload: Workload, backend: Backend) -> FirstC
     """Seconds of the first call (compilation, autotuning and capture included), and what was compiled in it."""
     workload.reset()
     started = time.perf_counter()
-    with compile_counts() as counts, torch.inference_mode():
-        workload.call(model)
+    with compile_counts() as counts, backend.inference():
+        # Held until then: XLA does not run what nobody can read.
+        output = workload.call(model)
         backend.synchronize()
+        del output
     return time.perf_counter() - started, counts
 
 
-def make_arm(name: str, model: nn.Module, workload: Workload, first: FirstCall, held_bytes: int = 0) -> Arm:
+def make_arm(name: str, model: nn.Module, workload: Workload, backend: Backend, first: FirstCall, held_bytes: int = 0) -> Arm:
     """An arm whose first call is behind it. Graph counts are left out for an arm that compiled nothing."""
     seconds, counts = first
+
+    def call() -> Any:
+        output = workload.call(model)
+        backend.flush()
+        return output
+
     compiled = counts.compilations > 0
     return Arm(
         name,
         model,
-        lambda: workload.call(model),
-        torch.inference_mode,
+        call,
+        backend.inference,
         workload.reset,
         held_bytes=held_bytes,
         first_call_s=seconds,
@@ -98,7 +106,7 @@ def time_ladder(
     for name, some in variants.items():
         # The fair baseline is torch.compile's own: what the backend adds to a recipe is the recipe's gain.
         variant = _with_steps(baseline, some, context, hooks=name != COMPILED)
-        between.append(make_arm(name, variant, workload, first_call(variant, workload, backend)))
+        between.append(make_arm(name, variant, workload, backend, first_call(variant, workload, backend)))
     eager, *rest = called
     return measure_ladder(
         [eager, *between, *rest],

@@ -78,7 +78,7 @@ class Run:
         context = Context(self.job.backend, workload, emulate=plan.emulated, seed=config.seed)
         rows = {row.group: row for row in report.steps}
         built = Built(model if inplace else structural_clone(model))
-        gates = Gates(config.verify, config.precision, workload, report, seed=config.seed)
+        gates = Gates(config.verify, config.precision, workload, report, seed=config.seed, inference=self.job.backend.inference)
         with self.stage("baseline"):
             eager = first_call(baseline, workload, self.job.backend)
             expected = gates.rows(baseline)
@@ -93,7 +93,9 @@ class Run:
         timed = config.verify.enabled and config.measure.enabled and not plan.emulated
         held_bytes = settle_receipts(rows, compilations=first[1].compilations, with_speed=timed)
         if timed:
-            arms = [make_arm(EAGER, baseline, workload, eager), make_arm(RECIPE, built.model, workload, first, held_bytes)]
+            backend = self.job.backend
+            recipe = make_arm(RECIPE, built.model, workload, backend, first, held_bytes)
+            arms = [make_arm(EAGER, baseline, workload, backend, eager), recipe]
             with self.stage("measure"):
                 self._measure(steps, baseline, arms, context)
         self._say_what_is_missing(plan)

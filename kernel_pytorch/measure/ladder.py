@@ -128,7 +128,10 @@ def _ratio(reference_ms: float | None, latency_ms: float) -> float | None:
     return None if reference_ms is None or latency_ms == 0 else reference_ms / latency_ms
 
 
-def _peak(arm: Arm, synchronize: Callable[[], None], cuda: bool) -> int:
+def _peak(arm: Arm, synchronize: Callable[[], None], cuda: bool) -> int | None:
+    # XLA's runtime has one peak for the life of the process, and its CPU device none.
+    if any(parameter.device.type == "xla" for parameter in arm.model.parameters()):
+        return None
     if arm.reset is not None:
         arm.reset()
     return arm.held_bytes + peak_memory_bytes(arm.model, arm.call, context=arm.context, synchronize=synchronize, cuda=cuda)

@@ -30,7 +30,8 @@ def observe_ranges(model: nn.Module, modules: Mapping[str, nn.Module], workload:
 
     handles = [module.register_forward_pre_hook(watch(name), with_kwargs=True) for name, module in modules.items()]
     try:
-        with torch.inference_mode():
+        # Not inference_mode, whose tensors XLA refuses.
+        with torch.no_grad():
             workload.calibrate(model, num_calls)
     finally:
         for handle in handles:

@@ -24,6 +24,8 @@ def linear_support(formats: Sequence[str], activation: ActivationConfig, dtype: 
     if backend.vendor == "cpu":
         return _on_cpu(formats, activation, backend.facts)
     facts = backend.facts
+    if backend.vendor == "tpu":
+        return Support(Level.emulated, "no kernel here multiplies quantized weights on a TPU: plain-torch reference; use precision=bf16")
     if has(facts.arch, "bf16_matmul") is None:
         return Support(Level.emulated, f"what {_shown(facts)} can do is not known here: plain-torch reference")
     # bfloat16 does not compile below sm_80, and nothing was tried there in float16.

@@ -127,8 +127,10 @@ def rounding_noise(model: nn.Module, dtype: torch.dtype, seed: int) -> Iterator[
     def disturb(_module: nn.Module, _args: Any, output: Any) -> Any:
         if not isinstance(output, torch.Tensor) or not output.is_floating_point():
             return None
-        generator = generators.setdefault(output.device, torch.Generator(output.device).manual_seed(seed))
-        noise = torch.randn(output.shape, generator=generator, device=output.device, dtype=torch.float32)
+        # torch has no generator for XLA's devices.
+        drawn_on = torch.device("cpu") if output.device.type == "xla" else output.device
+        generator = generators.setdefault(drawn_on, torch.Generator(drawn_on).manual_seed(seed))
+        noise = torch.randn(output.shape, generator=generator, device=drawn_on, dtype=torch.float32).to(output.device)
         return (output.float() * (1 + unit * noise)).to(output.dtype)
 
     handles = [module.register_forward_hook(disturb) for module in model.modules() if not list(module.children())]

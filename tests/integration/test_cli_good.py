@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-RECIPES = ("a100_fp8", "b200_nvfp4", "cpu_fp32_compile", "cpu_int8", "eager", "h100_bf16", "h100_fp8", "h100_nvfp4", "mi300x_fp8")
+RECIPES = (
+    "a100_fp8",
+    "b200_nvfp4",
+    "cpu_fp32_compile",
+    "cpu_int8",
+    "eager",
+    "h100_bf16",
+    "h100_fp8",
+    "h100_nvfp4",
+    "mi300x_fp8",
+    "tpu_v5e_bf16",
+)
 
 # name -> (words, what stdout says)
 COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {

@@ -40,6 +40,7 @@ def step(result, group):
         ("h100_nvfp4", "emulated"),
         ("b200_nvfp4", "emulated"),
         ("mi300x_fp8", "emulated"),
+        ("tpu_v5e_bf16", "emulated"),
     ],
 )
 def test_every_recipe_on_the_tiny_decoder(place, recipe, verdict):

@@ -95,6 +95,24 @@ def test_a_recipe_on_a_device(recipe: str, target: str, device: str, level: str,
         assert outcome.startswith(f"emulated: the recipe is for {target} ({there.arch}), this is {shown}")
 
 
+@pytest.mark.parametrize("device", ["tpu_v5e", "tpu_v5p", "tpu_v6e"])
+def test_the_tpus_recipe_on_tpus(device: str) -> None:
+    composed = compose(["recipe=tpu_v5e_bf16"])
+    steps, outcome = explain_plan(composed.config, composed.choices, composed.ignored, device)
+    active = [(step.group, step.support, step.reason) for step in steps if step.optimizer]
+    assert active == [("precision", "native", ""), ("compile", "native", "")]
+    assert outcome == f"native: hardware tpu_v5e: {device} ({DEVICES[device].arch})"
+
+
+@pytest.mark.parametrize("recipe", TABLE)
+def test_a_gpus_recipe_on_a_tpu(recipe: str) -> None:
+    composed = compose([f"recipe={recipe}"])
+    steps, outcome = explain_plan(composed.config, composed.choices, composed.ignored, "tpu_v5e")
+    precision = next(step for step in steps if step.group == "precision")
+    assert (precision.support, precision.reason.split(":")[0]) == ("emulated", "no kernel here multiplies quantized weights on a TPU")
+    assert outcome.startswith("emulated: the recipe is for ")
+
+
 @pytest.mark.parametrize("recipe", TABLE)
 def test_a_recipe_on_a_cpu(recipe: str) -> None:
     composed = compose([f"recipe={recipe}"])

@@ -24,7 +24,18 @@ from kernel_pytorch.recipe.options import GROUPS, options
 from kernel_pytorch.recipe.overrides import read_overrides
 from kernel_pytorch.recipe.sources import RecipeSources
 
-RECIPES = ("a100_fp8", "b200_nvfp4", "cpu_fp32_compile", "cpu_int8", "eager", "h100_bf16", "h100_fp8", "h100_nvfp4", "mi300x_fp8")
+RECIPES = (
+    "a100_fp8",
+    "b200_nvfp4",
+    "cpu_fp32_compile",
+    "cpu_int8",
+    "eager",
+    "h100_bf16",
+    "h100_fp8",
+    "h100_nvfp4",
+    "mi300x_fp8",
+    "tpu_v5e_bf16",
+)
 
 
 def by_layers(words: list[str], sources: RecipeSources):
@@ -199,7 +210,7 @@ def test_what_completion_lists(write, sources: RecipeSources, tmp_path: Path) ->
     sources = sources.with_file(str(tmp_path / "mine.yaml"))
     with hydra_source.registered(sources), hydra.initialize_config_dir(str(data_folder("conf")), **_version()):
         loader = GlobalHydra.instance().config_loader()
-        assert loader.get_group_options("recipe", ObjectType.CONFIG) == [*RECIPES, "team/nightly"]
+        assert loader.get_group_options("recipe", ObjectType.CONFIG) == sorted([*RECIPES, "team/nightly"])
         assert loader.get_group_options("recipe/team", ObjectType.CONFIG) == ["nightly"]
 
 
