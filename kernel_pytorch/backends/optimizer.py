@@ -150,14 +150,13 @@ def _layout_hook(backend: Backend, context: Context, training: bool) -> Hook:
         return {"layout": str(layout).removeprefix("torch."), "num_convolutions": len(_convolutions(model)), "num_laid_out": laid}
 
     def act(model: nn.Module) -> str | None:
-        convolutions = _convolutions(model)
-        if not convolutions:
+        if not _convolutions(model):
             return "the model has no nn.Conv2d below its root"
         if context.emulate:
             return "an emulated run keeps the model's own layout"
         if training:
             return "training updates the caller's own parameters, which a new layout would copy"
-        _lay_out(model, convolutions, layout)
+        lay_out_convolutions(model, layout)
         return "the weights lie like that already"
 
     return Hook("conv_layout", measure, act)
@@ -168,10 +167,10 @@ def _convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
     return {name: module for name, module in model.named_modules() if name and type(module) is nn.Conv2d}
 
 
-def _lay_out(model: nn.Module, convolutions: dict[str, nn.Conv2d], layout: torch.memory_format) -> None:
-    """Replaces convolutions by copies with weights in `layout`; the parameters that the caller holds stay as they are."""
+def lay_out_convolutions(model: nn.Module, layout: torch.memory_format) -> None:
+    """Replaces plain convolutions by copies with weights in `layout`; the parameters that the caller holds stay as they are."""
     made: dict[int, nn.Parameter] = {}
-    for name, conv in convolutions.items():
+    for name, conv in _convolutions(model).items():
         weight = conv.weight
         if weight.is_contiguous(memory_format=layout):
             continue
