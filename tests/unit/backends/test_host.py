@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from kernel_pytorch.backends import host
+from kernel_pytorch.backends.detect import plan_backend
+from kernel_pytorch.schema import BackendConfig
 
 XEON = "model name\t: Intel(R) Xeon(R) Processor\n" + (
     "flags\t\t: fpu avx2 avx512f avx_vnni avx512_bf16 avx512_vnni amx_bf16 amx_tile amx_int8 avx512_fp16\n"
@@ -57,6 +60,19 @@ def test_a_cap_leaves_arm_flags_alone() -> None:
 @pytest.mark.parametrize(("text", "size"), [("32K\n", 32768), ("480M", 503316480), ("2048K", 2097152)])
 def test_cache_sizes(text: str, size: int) -> None:
     assert host._size(text) == size
+
+
+@pytest.mark.parametrize(("online", "nodes"), [("0\n", 1), ("0-1", 2), ("0-3,8,10-11\n", 7), ("", None)])
+def test_numa_nodes_are_counted_or_unknown(online: str, nodes: int | None) -> None:
+    assert host.num_numa_nodes(online) == nodes
+
+
+def test_a_cpus_facts_name_isa_threads_and_nodes() -> None:
+    facts = plan_backend("cpu", BackendConfig()).facts
+    assert facts.isa == host.usable_isa(host.isa_flags(), host.onednn_cap())
+    assert facts.num_threads == torch.get_num_threads()
+    assert facts.num_numa_nodes == host.num_numa_nodes()
+    assert facts.num_numa_nodes is None or facts.num_numa_nodes >= 1
 
 
 def test_available_memory_is_at_most_the_total() -> None:
