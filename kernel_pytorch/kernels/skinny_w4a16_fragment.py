@@ -7,7 +7,8 @@ W warps, lanes of a tensor [32 W, 4]: lane 4 g + t of a warp holds rows g and g 
 """
 
 # Gluon evaluates constexpr while it compiles; its annotations say otherwise.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 # The compiler adds tuples; it does not unpack them.
 # ruff: noqa: RUF005
 from __future__ import annotations

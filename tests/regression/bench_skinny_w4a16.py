@@ -75,14 +75,19 @@ def measure(n: int, k: int, m: int, names: list[str]) -> dict[str, Any]:
     """One row: medians in us by arm, p10 and p90, TB/s of ours over 4.5 bits a weight."""
     weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(3)]
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    calls, failed = {}, {}
+    calls, graphs, failed = {}, {}, {}
     for name in names:
         try:
             calls[name] = ARMS[name](weights, x)
             calls[name][0]()
+            graphs[name] = tune.graph_of(calls[name])
         except FAILED as error:
             failed[name] = f"{type(error).__name__}: {str(error)[:200]}"
-    times = {name: sorted(us) for name, us in tune.interleaved_us(calls, ROUNDS).items()}
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(ROUNDS):
+        for name, graph in graphs.items():
+            times[name].append(tune.replay_us(graph) / tune.launches(calls[name]))
+    times = {name: sorted(found) for name, found in times.items()}
     us = {name: round(statistics.median(found), 2) for name, found in times.items()}
     spread = {name: [round(found[len(found) // 10], 2), round(found[-1 - len(found) // 10], 2)] for name, found in times.items()}
     row = {"layer": NAMES[n, k], "n": n, "k": k, "m": m, "us": us, "p10_p90": spread, "failed": failed}

@@ -1,9 +1,9 @@
 """Benchmark of kernels/skinny_w8a16 against cuBLAS, torchao and gemlite on one CUDA device.
 
-python bench_skinny_w8a16.py OUT.json [SECONDS] [PEERS]
+python bench_skinny_w8a16.py OUT.json [SECONDS] [PEERS] [LAYERS]
 
-SECONDS: for all of it, 140. PEERS: names of PEERS below, comma-separated; all without it, none for an empty string. What does not
-compile in its share of the time is dropped and named.
+SECONDS: for all of it, 140. PEERS: names of PEERS below, comma-separated; all without it, none for an empty string. LAYERS: of qkv, o,
+gate_up, down; all without it. What does not compile in its share of the time is dropped and named.
 
 Each arm is a CUDA graph over copies of its weight that exceed L2 together; arms replay in turn, medians are reported, and ours runs
 twice (A/A). One process a layer measures, one at a time; others fill the compilers' caches for it before. A wrong result of ours ends
@@ -310,19 +310,19 @@ def layer(shape: tuple[int, int], wanted: list[str], shared: Shared) -> None:
             shared.say(line(row))
 
 
-def main(path: str, seconds: float, peers: list[str]) -> None:
+def main(path: str, seconds: float, peers: list[str], names: list[str]) -> None:
     # One compiling thread a process: there are more processes than cores.
     os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    began = time.time()
+    began, shapes = time.time(), [shape for shape in op.LLAMA if NAMES[shape] in names]
     context = mp.get_context("spawn")
     with context.Manager() as manager, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         # One folder for both of Triton's users.
         os.environ |= {"TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
-        shared = Shared(began, began + seconds, folder, manager.Barrier(len(op.LLAMA)), manager.dict(), manager.list(), manager.list())
-        layers = [context.Process(target=layer, args=(shape, [*OURS, *peers], shared)) for shape in op.LLAMA]
+        shared = Shared(began, began + seconds, folder, manager.Barrier(len(shapes)), manager.dict(), manager.list(), manager.list())
+        layers = [context.Process(target=layer, args=(shape, [*OURS, *peers], shared)) for shape in shapes]
         jobs = [[(name, rows) for name in OURS for rows in ARMS[name].warm]]
         jobs += [[(name, rows)] for name in peers for rows in ARMS[name].warm]
-        warming = [context.Process(target=warm, args=(shape, job, shared)) for job in jobs for shape in op.LLAMA]
+        warming = [context.Process(target=warm, args=(shape, job, shared)) for job in jobs for shape in shapes]
         for process in (*layers, *warming):
             process.start()
         for process in warming:
@@ -348,12 +348,12 @@ def main(path: str, seconds: float, peers: list[str]) -> None:
         places.setdefault((one["arm"], one["why"]), []).append(f"{one['layer']} M={one['m']}")
     for (arm, why), where in places.items():
         print(f"dropped {arm}, {why}: {', '.join(sorted(where))}")
-    failed = [NAMES[shape] for shape, process in zip(op.LLAMA, layers, strict=True) if process.exitcode]
+    failed = [NAMES[shape] for shape, process in zip(shapes, layers, strict=True) if process.exitcode]
     if failed:
         raise SystemExit(f"layers failed: {failed}")
 
 
 if __name__ == "__main__":
     given = sys.argv[1:]
-    names = list(PEERS) if len(given) < 3 else [name for name in given[2].split(",") if name]
-    main(given[0], float(given[1]) if len(given) > 1 else SECONDS, names)
+    chosen = list(PEERS) if len(given) < 3 else [name for name in given[2].split(",") if name]
+    main(given[0], float(given[1]) if len(given) > 1 else SECONDS, chosen, given[3].split(",") if len(given) > 3 else list(NAMES.values()))
