@@ -172,9 +172,7 @@ def _resolve_for(model: nn.Module, config: BackendConfig) -> tuple[Backend, Reso
     # torch calls AMD's GPUs cuda, too.
     vendor = {"cuda": "amd" if torch.version.hip else "nvidia", "xla": "tpu"}.get(kind, kind)
     if vendor not in BACKENDS and vendor not in installed(BACKENDS_GROUP):
-        raise UnsupportedOperationError(
-            f"the model is on {kind}; supported are models on cpu, cuda, xla, and what installed packages add"
-        )
+        raise UnsupportedOperationError(f"the model is on {kind}; supported are models on cpu, cuda, xla, and what installed packages add")
     backend = make(vendor, config)
     native, reason = matches(config, backend)
     return backend, Resolution(backend, native, reason)
