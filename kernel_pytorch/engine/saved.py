@@ -174,7 +174,8 @@ def write(
     try:
         earlier = _earlier(folder, overwrite=overwrite)
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(f"{_TEMPORARY}*"):
+        # What a save that was killed left: its tensors, or its facts, which write_atomically names so.
+        for stale in (*folder.glob(f"{_TEMPORARY}*"), *folder.glob(f".{FACTS_FILE}.*")):
             stale.unlink()
         save_file(packed, temporary)
         digest = _sha256(temporary, flush=True)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import kernel_pytorch as kp
+from kernel_pytorch.engine import saved as saved_files
 from kernel_pytorch.errors import ConfigError, NoEffectError, UnsupportedOperationError, VerificationError
 from kernel_pytorch.precision.quantized_linear import QuantizedLinear
 from kernel_pytorch.recipe.canonical import from_dict
@@ -643,6 +644,15 @@ def test_a_save_that_is_killed_at_any_moment_leaves_a_whole_one(tmp_path):
         child.send_signal(signal.SIGKILL)
         child.communicate()
         assert torch.equal(kp.load(tmp_path / "s", fresh()).model(x)["logits"], done.model(x)["logits"])
+    done.save(tmp_path / "s", overwrite=True)
+    assert sorted(path.suffix for path in (tmp_path / "s").iterdir()) == [".json", ".safetensors"]
+
+
+def test_what_a_killed_save_left_is_gone_after_the_next(tmp_path):
+    done, _ = optimized("precision=int8_weight_only")
+    done.save(tmp_path / "s")
+    for name in (".saved.json.m9bhwrbi", f"{saved_files._TEMPORARY}0123"):
+        (tmp_path / "s" / name).write_text("half")
     done.save(tmp_path / "s", overwrite=True)
     assert sorted(path.suffix for path in (tmp_path / "s").iterdir()) == [".json", ".safetensors"]
 
