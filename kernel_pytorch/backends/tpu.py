@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
@@ -83,14 +84,8 @@ class TpuBackend(Backend):
 
     def planned_facts(self, device: Device) -> Facts:
         """XLA brings its own compiler: neither Triton nor C++ is assumed."""
-        return Facts(
-            name=device.name,
-            vendor=self.vendor,
-            arch=device.arch,
-            memory_bytes=device.memory_bytes,
-            bandwidth_bytes_per_s=device.bandwidth_bytes_per_s,
-            details={"source": device.source, "assumed": ["torch_xla"]},
-        )
+        details = {"source": device.source, "assumed": ["torch_xla"]}
+        return replace(super().planned_facts(device), has_cxx_compiler=False, has_triton=False, details=details)
 
     def read_facts(self) -> Facts:
         from torch_xla import runtime
