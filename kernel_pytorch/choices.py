@@ -58,6 +58,16 @@ class CompileMode(str, Enum):
     max_autotune = "max_autotune"
 
 
+class BucketStrategy(str, Enum):
+    """Which padded sizes a dynamic dim has."""
+
+    geometric = "geometric"
+    linear = "linear"
+    adaptive = "adaptive"
+    hardware_aware = "hardware_aware"
+    memory_optimal = "memory_optimal"
+
+
 class Phase(str, Enum):
     forward = "forward"
     prefill = "prefill"

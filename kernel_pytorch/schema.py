@@ -7,6 +7,7 @@ equal their values, never Literal; no unions of classes. Nothing here imports to
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import field
 from typing import Annotated, Dict, List, Optional
 
@@ -17,6 +18,7 @@ from kernel_pytorch.choices import (
     ActivationGranularity,
     ActivationMode,
     AllocationStrategy,
+    BucketStrategy,
     CompileMode,
     OnMismatch,
     Phase,
@@ -76,12 +78,23 @@ def _assignment(text: str) -> str:
     return f"{pattern}={name}"
 
 
+# ARGUMENT:DIM, then @SIZE where several sizes change independently, then =VALUE where the model relies on the padding's value.
+DYNAMIC_DIM = re.compile(r"(?P<argument>[A-Za-z_]\w*|\d+):(?P<dim>-?\d+)(?:@(?P<size>[A-Za-z_]\w*))?(?:=(?P<value>-?\d+(?:\.\d+)?))?")
+
+
+def _dynamic_dim(text: str) -> str:
+    if not DYNAMIC_DIM.fullmatch(text):
+        raise ValueError(f"found {text!r}; allowed ARGUMENT:DIM[@SIZE][=VALUE], such as input_ids:1, 'mask:1=0' or 'images:0@batch'")
+    return text
+
+
 # Instead of a format in `weight.assign`: the module stays as it is.
 KEEP = "keep"
 FormatName = Annotated[str, _one_of(tuple(FORMATS))]
 # Formats that inputs of a layer can be quantized to.
 ActivationFormat = Annotated[str, _one_of(("int8", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "nvfp4"))]
 Assignment = Annotated[str, AfterValidator(_assignment)]
+DynamicDimName = Annotated[str, AfterValidator(_dynamic_dim)]
 DtypeName = Annotated[str, _one_of(DTYPES)]
 HardwareName = Annotated[str, AfterValidator(_hardware)]
 
@@ -257,6 +270,32 @@ class CompileConfig(GroupConfig):
 
 
 @dataclass
+class BucketingConfig:
+    """Which padded sizes the declared dims of a call have."""
+
+    strategy: Annotated[BucketStrategy, Field(description="how the padded sizes are chosen")] = BucketStrategy.geometric
+    min_size: Annotated[int, Field(ge=1, le=1048576, description="least padded size (elements along the dim)")] = 1
+    max_size: Annotated[
+        int, Field(ge=1, le=1048576, description="largest padded size; larger calls are not padded (elements along the dim)")
+    ] = 2048
+    growth: Annotated[
+        float, Field(gt=1, le=16, description="geometric, hardware_aware, and what fitted ladders start from: a bucket over the one before")
+    ] = 2.0
+    step: Annotated[int, Field(ge=1, le=1048576, description="linear: elements between buckets")] = 64
+    num_buckets: Annotated[int, Field(ge=1, le=64, description="adaptive, memory_optimal: most buckets of one size")] = 6
+    max_waste: Annotated[float, Field(ge=0, le=16, description="memory_optimal: padding over real elements that is allowed (ratio)")] = 0.25
+    fit_after: Annotated[
+        int, Field(ge=1, le=1048576, description="adaptive, memory_optimal: calls before the first fit; later ones when calls have doubled")
+    ] = 64
+
+    @model_validator(mode="after")
+    def _range_is_not_empty(self) -> BucketingConfig:
+        if self.min_size > self.max_size:
+            raise ValueError(f"min_size={self.min_size} is above max_size={self.max_size}")
+        return self
+
+
+@dataclass
 class GraphConfig(GroupConfig):
     """CUDA graph capture of the call."""
 
@@ -264,6 +303,11 @@ class GraphConfig(GroupConfig):
     min_speedup: Annotated[
         float, Field(ge=1, le=100, description="replay is kept when it is at least this many times as fast as the call without it")
     ] = 1.02
+    dynamic_dims: Annotated[
+        List[DynamicDimName],
+        Field(description="ARGUMENT:DIM[@SIZE][=VALUE] of the dims that are padded; those without @SIZE are one size; empty pads nothing"),
+    ] = field(default_factory=list)
+    bucketing: BucketingConfig = field(default_factory=BucketingConfig)
 
 
 @dataclass

@@ -90,6 +90,32 @@ MATMUL_FORMATS: dict[str, MatmulFormat] = {
 
 
 @dataclass(frozen=True)
+class MatrixRows:
+    """rows: of the output of one 16-bit matrix instruction: fewer rows of work cost as many. source: who says so."""
+
+    rows: int
+    source: str
+
+
+_PTX, _ISA = "PTX ISA", "instruction set"
+# The number of sm_NN, or AMD's architecture; an architecture that is not here is unknown.
+MATRIX_ROWS: dict[int | str, MatrixRows] = {
+    **{sm: MatrixRows(16, f"{_PTX}, wmma.mma .m16n16k16") for sm in (70, 72, 75)},
+    **{sm: MatrixRows(16, f"{_PTX}, mma.sync .m16n8k16") for sm in (80, 86, 87, 89, 120, 121)},
+    90: MatrixRows(64, f"{_PTX}, wgmma.mma_async .m64nNk16"),
+    **{sm: MatrixRows(128, f"{_PTX}, tcgen05.mma kind::f16, M of one CTA at most 128") for sm in (100, 101, 103)},
+    **{arch: MatrixRows(32, f"CDNA {_ISA}, V_MFMA_F32_32X32X8") for arch in ("gfx90a", "gfx942", "gfx950")},
+    **{arch: MatrixRows(16, f"RDNA {_ISA}, V_WMMA_F32_16X16X16") for arch in AMD if arch.startswith(("gfx11", "gfx12"))},
+}
+
+
+def matrix_rows(arch: str | None) -> int | None:
+    """Output rows of one 16-bit matrix instruction of a GPU; None when the architecture is unknown."""
+    row = MATRIX_ROWS.get(sm_number(arch) or arch or "")
+    return None if row is None else row.rows
+
+
+@dataclass(frozen=True)
 class CpuFeature:
     """flags: any one of them gives the CPU an instruction for the feature. source: who says so."""
 
