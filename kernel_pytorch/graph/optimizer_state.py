@@ -1,0 +1,108 @@
+"""What a torch optimizer holds beside the parameters: which of it a recorded step reads, and which it was recorded with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from operator import getitem, is_
+from typing import Any
+
+import torch
+from torch.optim import LBFGS, Optimizer
+
+
+def refusal(optimizer: Optimizer, device: torch.device) -> str | None:
+    """Why no graph can hold this optimizer's step on `device`, with the way out; or None."""
+    name = type(optimizer).__name__
+    if isinstance(optimizer, LBFGS):
+        return f"optimizer: found {name}, which calls the model again until a value on the host says stop; use SGD, Adam or AdamW"
+    for index, group in enumerate(optimizer.param_groups):
+        elsewhere = [parameter.device for parameter in group["params"] if parameter.device.type != device.type]
+        if elsewhere:
+            return f"optimizer.param_groups[{index}]: found a parameter on {elsewhere[0]}, required {device.type}: move the model first"
+        if device.type != "cpu" and not group.get("capturable", True):
+            why = "which counts its steps on the host, and a replay would not count"
+            return f"optimizer.param_groups[{index}].capturable: found False, {why}; make the optimizer with {name}(..., capturable=True)"
+    return None
+
+
+def recorded_values(optimizer: Optimizer) -> list[Any]:
+    """The values of the parameter groups that are constants in a recorded step, such as a learning rate that is a float. A tensor
+    on the device is read anew by every replay: of that only the address is."""
+    found: list[Any] = []
+    for group in optimizer.param_groups:
+        found.append(len(group["params"]))
+        for key, value in group.items():
+            if key != "params":
+                found += map(_as_recorded, value) if isinstance(value, (tuple, list)) else (_as_recorded(value),)
+    return found
+
+
+def host_values(optimizer: Optimizer) -> list[Any]:
+    """What the optimizer's state holds in Python: equal before and after a step that a replay can stand for."""
+    return [(key, value) for _, key, value in _state_slots(optimizer) if not isinstance(value, torch.Tensor)]
+
+
+def host_state(optimizer: Optimizer, device: torch.device) -> list[str]:
+    """Names of state tensors that are not on the device, which a replay would not update."""
+    tensors = [(key, value) for _, key, value in _state_slots(optimizer) if isinstance(value, torch.Tensor)]
+    return sorted({str(key) for key, tensor in tensors if tensor.device.type != device.type})
+
+
+def has_hooks(optimizer: Optimizer) -> bool:
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+
+
+class OptimizerGuard:
+    """Remembers which parameters and which state tensors an optimizer updates. A recorded step holds their addresses."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._num_states = len(optimizer.state)
+        params = [(group["params"], index, p) for group in optimizer.param_groups for index, p in enumerate(group["params"])]
+        slots = [*params, *(slot for slot in _state_slots(optimizer) if isinstance(slot[2], torch.Tensor))]
+        self._owners = (optimizer.state, optimizer.param_groups)
+        self._containers = [container for container, _, _ in slots]
+        self._keys = [key for _, key, _ in slots]
+        self._tensors = [tensor for _, _, tensor in slots]
+        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        self._parameters = [parameter for _, _, parameter in params]
+        self._trained = [parameter.requires_grad for parameter in self._parameters]
+
+    def broken(self) -> str | None:
+        """What changed since, or None. Runs before every replay, so it stays in C where it can."""
+        optimizer = self._optimizer
+        if (
+            optimizer.state is not self._owners[0]
+            or optimizer.param_groups is not self._owners[1]
+            or len(optimizer.state) != self._num_states
+        ):
+            return "the optimizer's state was replaced"
+        try:
+            same = all(map(is_, map(getitem, self._containers, self._keys), self._tensors))
+        except (KeyError, IndexError):
+            same = False
+        if not same or list(map(torch.Tensor.data_ptr, self._tensors)) != self._addresses:
+            return "a tensor of the optimizer was replaced"
+        if [parameter.requires_grad for parameter in self._parameters] != self._trained:
+            return "a parameter was frozen or freed"
+        return None
+
+
+def _state_slots(optimizer: Optimizer) -> Iterator[tuple[Any, Any, Any]]:
+    """(container, key, value) of everything in the state of every parameter; of a value that is a list or dict, its items."""
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, (list, tuple)):
+                yield from ((value, index, item) for index, item in enumerate(value))
+            elif isinstance(value, dict):
+                yield from ((value, name, item) for name, item in value.items())
+            else:
+                yield state, key, value
+
+
+def _as_recorded(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.device.type == "cpu" and value.numel() == 1:
+        return value.item()
+    return (id(value), value.data_ptr())

@@ -1,0 +1,286 @@
+"""Forward, backward and optimizer step of one shape as one CUDA graph, kept where it measures faster than the plain step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from kernel_pytorch.errors import UnsupportedOperationError
+from kernel_pytorch.graph.graphed_call import _modes, _shown
+from kernel_pytorch.graph.inputs import Call, describe, rebuild
+from kernel_pytorch.graph.optimizer_state import OptimizerGuard, has_hooks, host_state, host_values, recorded_values, refusal
+from kernel_pytorch.graph.recorder import CudaRecorder, Recorder, Recording
+from kernel_pytorch.graph.state import ModuleGuard, WriteWatch, python_state
+
+# Each costs a second or more; a learning rate that is another float in every step would never earn it back.
+_MAX_CAPTURES = 8
+
+
+@dataclass(frozen=True)
+class _Signature:
+    """What a recorded step is for. inputs: shapes and types. modes: autocast, precision, training flags. values: the optimizer's
+    constants, such as a learning rate that is a float."""
+
+    inputs: tuple[Any, ...]
+    modes: tuple[Any, ...]
+    values: list[Any]
+
+
+class _RecordedStep:
+    """One recording with the tensors that it reads and the gradients that it writes."""
+
+    def __init__(self, recorder: Recorder, recording: Recording, static: list[torch.Tensor], params: list[nn.Parameter]) -> None:
+        self._recorder, self._recording, self._static = recorder, recording, static
+        trained = [(parameter, parameter.grad) for parameter in params if parameter.grad is not None]
+        self._params = [parameter for parameter, _ in trained]
+        self._grads = [grad for _, grad in trained]
+
+    @property
+    def pool_bytes(self) -> int:
+        return self._recording.pool_bytes
+
+    def run(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """Trains on `tensors`; returns the loss in memory of its own. `.grad` of the parameters is this step's gradient after it."""
+        self._recorder.enter_replay()
+        for static, tensor in zip(self._static, tensors, strict=True):
+            static.copy_(tensor, non_blocking=True)
+        self._recording.replay()
+        loss = self._recording.output.clone()
+        self._recorder.leave_replay()
+        # A plain step or the caller's zero_grad() has detached them: all or none.
+        if self._params and self._params[0].grad is not self._grads[0]:
+            for parameter, grad in zip(self._params, self._grads, strict=True):
+                parameter.grad = grad
+        return loss
+
+
+class GraphedTrainStep:
+    """One training step, `step(*inputs) -> loss`: zero_grad, forward, backward, `after_backward`, optimizer step. Calls of one shape
+    become one CUDA graph where its replay is at least `min_speedup` times as fast as the plain step.
+
+    loss_fn: `loss_fn(model, *inputs)` returns the loss, a tensor with one element; autocast belongs inside. after_backward: called
+    between backward and step, for clipping gradients. num_warmup_steps: run on a side stream before the capture.
+
+    The first call is a plain step, in which the optimizer makes its state. The second call with the same shapes and settings runs
+    the step several times to warm up, record and time it, on weights, buffers, optimizer state and random state that are put back
+    bit for bit in between; it needs a copy of those for that time. Calls of other shapes (an epoch's last batch), in eval mode or
+    under other modes are plain steps, and the graph is kept. It is dropped, and recorded again once two calls in a row agree, when
+    a parameter or the optimizer's state was replaced or a value of the optimizer changed that is a constant in the graph: a
+    learning rate that is a float. A rate that is a tensor on the device is read by every replay. `decisions` says what was chosen
+    and why.
+
+    Not seen: what loss_fn and after_backward do in Python, and hooks added after the capture. A GradScaler has no place here; bf16
+    needs none. One model on one device, one thread.
+
+    Raises UnsupportedOperationError for an optimizer that no graph can hold, and without `recorder` for a model that is not on a
+    CUDA device."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loss_fn: Callable[..., torch.Tensor],
+        *,
+        after_backward: Callable[[], Any] | None = None,
+        num_warmup_steps: int = 3,
+        min_speedup: float = 1.02,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self.decisions: list[dict[str, Any]] = []
+        self._model, self._optimizer, self._loss_fn, self._after_backward = model, optimizer, loss_fn, after_backward
+        self._num_warmup_steps, self._min_speedup = num_warmup_steps, min_speedup
+        self._recorder = recorder or CudaRecorder(_cuda_device(model))
+        why = refusal(optimizer, self._recorder.device)
+        if why is not None:
+            raise UnsupportedOperationError(why)
+        self._graph: _RecordedStep | None = None
+        # What the graph is for while there is one, else what the last plain step was.
+        self._signature: _Signature | None = None
+        self._guards: tuple[ModuleGuard, OptimizerGuard] | None = None
+        self._hooks, self._modules = ModuleGuard(model), list(model.modules())
+        self._num_captures = 0
+        self._refused = False
+        self._noted: set[str] = set()
+
+    def __call__(self, *inputs: Any) -> torch.Tensor:
+        """One step on `inputs`; returns the loss, detached and in memory of its own."""
+        if self._refused or self._recorder.busy():
+            return self._plain(*inputs)
+        call = describe(inputs, {})
+        why = self._straight_through(call)
+        if why is not None:
+            self._note(why, call)
+            return self._plain(*inputs)
+        signature = _Signature(call.key(), (*_modes(), [m.training for m in self._modules]), recorded_values(self._optimizer))
+        if self._graph is None:
+            if signature == self._signature:
+                return self._record(signature, call, inputs)
+            first, self._signature = self._signature is None, signature
+            return self._first(*inputs) if first else self._plain(*inputs)
+        broken = self._broken(signature)
+        if broken is not None:
+            self._drop(broken, call)
+            self._signature = signature
+            return self._plain(*inputs)
+        if signature != self._signature:
+            self._note("other shapes or modes than the graph's: a plain step", call)
+            return self._plain(*inputs)
+        return self._graph.run(call.tensors)
+
+    def _first(self, *inputs: Any) -> torch.Tensor:
+        """The step in which the optimizer makes its state, and warns that capturable=True is for captures, which come next."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
+            return self._plain(*inputs)
+
+    def _plain(self, *inputs: Any) -> torch.Tensor:
+        # With gradients of None, backward makes new ones instead of adding: in a capture, in the graph's memory.
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = self._loss_fn(self._model, *inputs)
+        loss.backward()
+        if self._after_backward is not None:
+            self._after_backward()
+        self._optimizer.step()
+        return loss.detach()
+
+    def _straight_through(self, call: Call) -> str | None:
+        """Why this call is a plain step, or None."""
+        if call.refusal is not None or call.addresses:
+            return call.refusal or "an argument is an object, whose values are not compared from call to call"
+        elsewhere = [t.device for t in call.tensors if t.device.type != self._recorder.device.type]
+        if elsewhere:
+            return f"an argument is on {elsewhere[0]}"
+        if self._hooks.has_hooks() or has_hooks(self._optimizer):
+            return "the model or the optimizer has a hook, which a replay would not run"
+        return None
+
+    def _broken(self, signature: _Signature) -> str | None:
+        """Why the graph is no longer good for any call, or None."""
+        assert self._signature is not None
+        assert self._guards is not None
+        if signature.values != self._signature.values:
+            return "a value of the optimizer changed that is a constant in the graph; a learning rate that is a tensor is not one"
+        if signature.modes != self._signature.modes:
+            return None
+        return self._guards[0].broken() or self._guards[1].broken()
+
+    def _record(self, signature: _Signature, call: Call, inputs: tuple[Any, ...]) -> torch.Tensor:
+        if self._num_captures >= _MAX_CAPTURES:
+            self._refuse(call, f"recorded {_MAX_CAPTURES} times already; make the learning rate a tensor on the device")
+            return self._plain(*inputs)
+        why = self._cannot_capture()
+        if why is not None:
+            self._refuse(call, why)
+            return self._plain(*inputs)
+        self._num_captures += 1
+        rng = (self._recorder.rng_state(), torch.get_rng_state())
+        watch = WriteWatch(self._recorder.device.type)
+        try:
+            self._try(signature, call, inputs, watch)
+        except RuntimeError as error:
+            self._refuse(call, f"capture failed: {(str(error).splitlines() or [type(error).__name__])[0]}")
+        finally:
+            # Whatever was raised, the caller's next step starts where this one did.
+            watch.restore()
+            self._recorder.set_rng_state(rng[0])
+            torch.set_rng_state(rng[1])
+        return self._plain(*inputs) if self._graph is None else self._graph.run(call.tensors)
+
+    def _cannot_capture(self) -> str | None:
+        elsewhere = host_state(self._optimizer, self._recorder.device)
+        if elsewhere:
+            return f"the optimizer keeps {', '.join(elsewhere)} on the host, which a replay would not update"
+        params = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        if any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in params):
+            return "a parameter has a hook, which a replay would not run"
+        if any(module._backward_hooks or module._backward_pre_hooks for module in self._model.modules()):
+            return "a module has a backward hook, which a replay would not run"
+        return None
+
+    def _try(self, signature: _Signature, call: Call, inputs: tuple[Any, ...], watch: WriteWatch) -> None:
+        """Records and times the step, and keeps the graph or says in `decisions` why not. Leaves memory and random state changed."""
+        before = (python_state(self._model), host_values(self._optimizer), torch.get_rng_state())
+        with torch.compiler.set_stance("force_eager"), watch:
+            self._plain(*inputs)
+        why = self._seen(before, call, watch)
+        if why is not None:
+            self._refuse(call, why)
+            return
+        watch.restore()
+        static = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t) for t in call.tensors]
+        static_inputs = rebuild(inputs, iter(static))
+
+        def recorded() -> torch.Tensor:
+            return self._plain(*static_inputs)
+
+        self._recorder.warm_up(recorded, self._num_warmup_steps)
+        watch.restore()
+        params = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        # The last gradients of warm-up: the capture's own take their place in the graph's memory.
+        self._optimizer.zero_grad(set_to_none=True)
+        graph = _RecordedStep(self._recorder, self._recorder.record(recorded), static, params)
+        watch.restore()
+        self._graph, self._signature = graph, signature
+        self._guards = (ModuleGuard(self._model), OptimizerGuard(self._optimizer))
+        # Timed as the caller will have it, guards included.
+        comparison = self._recorder.compare(lambda: self._plain(*inputs), lambda: self(*inputs), watch.restore)
+        speedup = comparison.plain_ms / comparison.replay_ms
+        words = f"replay is {{}}: {speedup:.3f} times the plain step's speed, {self._min_speedup} asked for"
+        if speedup < self._min_speedup:
+            self._refuse(call, words.format("not kept"))
+            return
+        self.decisions.append(
+            {
+                "inputs": _shown(call),
+                "captured": True,
+                "reason": words.format("kept"),
+                "plain_ms": comparison.plain_ms,
+                "replay_ms": comparison.replay_ms,
+                "speedup": speedup,
+                "num_samples": comparison.num_samples,
+                "copied_bytes": sum(tensor.nbytes for tensor in static),
+                "pool_bytes": graph.pool_bytes,
+                "num_written": watch.num_written,
+            }
+        )
+
+    def _seen(self, before: tuple[Any, ...], call: Call, watch: WriteWatch) -> str | None:
+        """Why a replay could not stand for the step that was just watched, or None."""
+        if watch.waits_for is not None:
+            return f"the step waits for a value of the device: {watch.waits_for}"
+        if any(map(watch.wrote, call.tensors)):
+            return "the step writes to an argument"
+        if (python_state(self._model), host_values(self._optimizer)) != before[:2]:
+            return "the step changes Python attributes of the model or of the optimizer's state, which a replay would not"
+        if self._recorder.device.type != "cpu" and not torch.equal(torch.get_rng_state(), before[2]):
+            return "the step draws random numbers on the host, which a replay would not"
+        return None
+
+    def _drop(self, reason: str, call: Call) -> None:
+        self._graph = self._guards = None
+        self._hooks, self._modules = ModuleGuard(self._model), list(self._model.modules())
+        self.decisions.append({"inputs": _shown(call), "captured": False, "reason": f"graph dropped: {reason}"})
+
+    def _refuse(self, call: Call, reason: str) -> None:
+        self._refused, self._graph, self._guards = True, None, None
+        self.decisions.append({"inputs": _shown(call), "captured": False, "reason": reason})
+
+    def _note(self, reason: str, call: Call) -> None:
+        """Says once that steps are plain, and why."""
+        if reason not in self._noted:
+            self._noted.add(reason)
+            self.decisions.append({"inputs": _shown(call), "captured": False, "reason": reason})
+
+
+def _cuda_device(model: nn.Module) -> torch.device:
+    devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
+    if len(devices) != 1 or next(iter(devices)).type != "cuda":
+        found = ", ".join(sorted(map(str, devices))) or "no tensors"
+        raise UnsupportedOperationError(f"model: found {found}, required one CUDA device; move the model there, or train without a graph")
+    return devices.pop()
