@@ -248,11 +248,17 @@ def replace_module(model: nn.Module, name: str, replacement: nn.Module) -> None:
                 setattr(parent, child_name, replacement)
 
 
-def tensor_bytes(module: nn.Module) -> int:
-    """Bytes of all distinct parameters and buffers of `module`; tied tensors count once."""
+def tensor_bytes(module: nn.Module, device_type: str | None = None) -> int:
+    """Bytes of all distinct parameters and buffers of `module`; tied tensors count once.
+
+    device_type: count only what is there (`cuda`), and with it what modules hold in their attribute `held_tensors` beside both."""
+    tensors = [*module.parameters(), *module.buffers()]
+    if device_type is not None:
+        tensors += [tensor for part in module.modules() for tensor in getattr(part, "held_tensors", ())]
+        tensors = [tensor for tensor in tensors if tensor.device.type == device_type]
     seen: set[int] = set()
     total = 0
-    for tensor in [*module.parameters(), *module.buffers()]:
+    for tensor in tensors:
         storage = tensor.untyped_storage()
         # An XLA tensor's storage has no address; none is a view of another.
         key = id(tensor) if tensor.device.type == "xla" else storage.data_ptr()

@@ -259,6 +259,11 @@ class PrecisionConfig(GroupConfig):
 class MemoryConfig(GroupConfig):
     """Where tensors live."""
 
+    prefetch_depth: Annotated[
+        int, Field(ge=1, le=64, description="blocks copied to the device while one computes; the device holds one block more than this")
+    ] = 1
+    num_resident_blocks: Annotated[int, Field(ge=0, le=65536, description="blocks, evenly spaced, that stay on the device")] = 0
+
 
 @dataclass
 class CompileConfig(GroupConfig):

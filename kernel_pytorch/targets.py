@@ -29,6 +29,7 @@ TARGETS: dict[str, Target] = {
     "kernel_pytorch.precision.quantize.QuantizeLinears": Target(
         "precision", ("include", "exclude", "dtype", "weight", "activation", "min_features", "allocation", "num_calibration_calls")
     ),
+    "kernel_pytorch.memory.offload.OffloadWeights": Target("memory", ("include", "exclude", "prefetch_depth", "num_resident_blocks")),
     "kernel_pytorch.compile.inductor.InductorCompile": Target("compile", ("mode", "fullgraph", "dynamic")),
     "kernel_pytorch.compile.regional.RegionalCompile": Target("compile", ("include", "exclude", "mode", "fullgraph", "dynamic")),
     "kernel_pytorch.graph.capture.CaptureWholeCall": Target("graph", ("num_warmup_calls", "min_speedup")),

@@ -48,8 +48,13 @@ def repeated_blocks(model: nn.Module) -> set[str]:
         inside = any(name == block or name.startswith(f"{block}.") for block in found)
         if inside or not isinstance(module, (nn.ModuleList, nn.Sequential)):
             continue
-        classes = Counter(type(child) for child in module)
+        classes = Counter(_class_of(child) for child in module)
         for child_name, child in module.named_children():
-            if classes[type(child)] > 1 and any(True for _ in child.children()):
+            if classes[_class_of(child)] > 1 and any(True for _ in child.children()):
                 found.add(f"{name}.{child_name}" if name else child_name)
     return found
+
+
+def _class_of(block: nn.Module) -> type:
+    """A step before this one may have given some of the blocks a class of its own."""
+    return getattr(block, "original_class", type(block))

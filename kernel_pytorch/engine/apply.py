@@ -72,7 +72,7 @@ def apply_modules(
         if step.group in CALL_GROUPS:
             continue
         applied = optimizer.apply(built.model, context)
-        _receive(built, applied, rows.get(step.group))
+        _receive(built, applied, rows.get(step.group), context)
         if check is not None and (applied.changes or applied.num_changed):
             check(built.model, optimizer, applied)
 
@@ -88,7 +88,7 @@ def apply_calls(built: Built, steps: Iterable[Step], context: Context, rows: dic
                 row.status = "not_applicable"
                 row.reason = "; ".join(filter(None, [row.reason, "an emulated run measures no speed"]))
             continue
-        _receive(built, optimizer.apply(built.model, context), row)
+        _receive(built, optimizer.apply(built.model, context), row, context)
     enter_contexts(built)
 
 
@@ -131,7 +131,7 @@ def enter_contexts(built: Built) -> None:
     built.model._compiled_call_impl = call
 
 
-def _receive(built: Built, applied: Applied, row: StepResult | None) -> None:
+def _receive(built: Built, applied: Applied, row: StepResult | None, context: Context) -> None:
     built.model = applied.model
     if applied.context is not None:
         built.contexts.append(applied.context)
@@ -143,7 +143,7 @@ def _receive(built: Built, applied: Applied, row: StepResult | None) -> None:
     row.matched = changed + len(applied.skipped)
     row.skipped = [{"module": skipped.module, "reason": skipped.reason} for skipped in applied.skipped]
     row.bytes_before = _distinct_bytes(change.original for change in applied.changes)
-    row.bytes_after = _distinct_bytes(change.replacement for change in applied.changes)
+    row.bytes_after = _distinct_bytes((change.replacement for change in applied.changes), context.backend.device.type)
     if not applied.changes:
         # A step that changes the model as a whole says its bytes itself.
         row.bytes_before, row.bytes_after = applied.details.get("bytes_before", 0), applied.details.get("bytes_after", 0)
@@ -161,8 +161,8 @@ def _receive(built: Built, applied: Applied, row: StepResult | None) -> None:
         row.status = "emulated"
 
 
-def _distinct_bytes(modules: Iterable[nn.Module]) -> int:
-    return tensor_bytes(nn.ModuleList(list(modules)))
+def _distinct_bytes(modules: Iterable[nn.Module], device_type: str | None = None) -> int:
+    return tensor_bytes(nn.ModuleList(list(modules)), device_type)
 
 
 def require_effect(steps: list[Step], built: Built, rows: list[StepResult]) -> None:

@@ -230,7 +230,7 @@ def load(saved: Saved, model: nn.Module, run: Run) -> tuple[nn.Module, Source]:
             built.model = _filled(built.model, saved)
 
     def wrap_call() -> None:
-        report.model.bytes_after = tensor_bytes(built.model)
+        report.model.bytes_after = tensor_bytes(built.model, job.backend.device.type)
         replay = Replay(call, _read_recorded(saved), facts.probe, getattr(torch, _compute_dtype(job.config, facts)), seed=job.config.seed)
         wraps = not plan.emulated and any(step.group in CALL_GROUPS for step, _ in active(steps))
         # After the backend's layouts: a convolution may round elsewhere in another one.

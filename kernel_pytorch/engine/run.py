@@ -160,7 +160,7 @@ class _Halves:
             apply_modules(built, self.steps, self.context, self.rows, self.gates.checker())
         if self.inplace is not None and built.model is not self.inplace:
             raise UnsupportedOperationError("a step makes a new model of another element type; leave out inplace")
-        run.report.model.bytes_after = tensor_bytes(built.model)
+        run.report.model.bytes_after = tensor_bytes(built.model, run.job.backend.device.type)
         self.gates.judge_modules()
         with run.stage("verify steps"), _entered(built):
             wraps = any(step.group in CALL_GROUPS for step, _ in active(self.steps)) and not self.plan.emulated
@@ -171,7 +171,7 @@ class _Halves:
     def wrap(self) -> None:
         """Steps that wrap the call, and the first call, in which they compile and capture."""
         with self.run.stage("compile"), error_on_recompile_limit():
-            self.run.report.model.bytes_after = tensor_bytes(self.built.model)
+            self.run.report.model.bytes_after = tensor_bytes(self.built.model, self.run.job.backend.device.type)
             apply_calls(self.built, self.steps, self.context, self.rows)
             self.first = first_call(self.built.model, self.context.workload, self.context.backend)
 

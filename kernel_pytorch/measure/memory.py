@@ -1,6 +1,6 @@
 """Peak memory of one call, in a pass of its own.
 
-The figure is the bytes of the arm's own parameters and buffers plus the most that the call had allocated at once, its
+The figure is the bytes of the arm's own parameters and buffers on the device plus the most that the call had allocated at once, its
 output included. What else is resident (other arms' models, the inputs, a KV cache that the workload holds) is left out,
 so arms can be compared. On CUDA it comes from the caching allocator: bytes of tensors, not of reserved segments, and a
 replayed CUDA graph allocates nothing, so its pool must be added by the caller. On a CPU it comes from the events that
@@ -35,7 +35,7 @@ def peak_memory_bytes(
     """Bytes of `model`'s tensors plus the peak of what one `call` allocates. The call must be warm: compiled, tuned."""
     measure = _cuda_peak if cuda else _cpu_peak
     with context() if context is not None else nullcontext():
-        return tensor_bytes(model) + measure(call, synchronize)
+        return tensor_bytes(model, "cuda" if cuda else None) + measure(call, synchronize)
 
 
 def _cuda_peak(call: Callable[[], Any], synchronize: Callable[[], None]) -> int:

@@ -1,0 +1,58 @@
+"""Host memory that stands for a device and for pinned memory, and lanes that do everything at once."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+
+import pytest
+import torch
+
+from kernel_pytorch.backends.base import Backend
+from kernel_pytorch.backends.cpu import CpuBackend, CpuMemory
+from kernel_pytorch.backends.memory import MemoryManager
+from kernel_pytorch.memory.lanes import Lanes
+from kernel_pytorch.schema import OnMismatch
+
+
+class EagerLanes(Lanes):
+    """The calling thread does everything at once: for what does not depend on the order."""
+
+    def __init__(self) -> None:
+        self.copies: list[int] = []
+
+    def lane(self) -> Hashable:
+        return 0
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor, after: Iterable[object]) -> None:
+        self.copies.append(source.data_ptr())
+        target.copy_(source)
+
+    def wait(self, mark: object) -> None: ...
+
+    def mark(self) -> None: ...
+
+    def claim(self, memory: torch.Tensor) -> None: ...
+
+
+class Pinnable(CpuMemory):
+    """Host memory that stands for page-locked memory."""
+
+    can_pin = True
+
+    def _new_memory(self, shape, dtype, num_bytes: int, *, pinned: bool) -> torch.Tensor:
+        return super()._new_memory(shape, dtype, num_bytes, pinned=False)
+
+
+class PinningBackend(CpuBackend):
+    def make_memory(self) -> MemoryManager:
+        return Pinnable(self)
+
+
+@pytest.fixture
+def lanes() -> EagerLanes:
+    return EagerLanes()
+
+
+@pytest.fixture
+def backend() -> Backend:
+    return PinningBackend(hardware="any", on_mismatch=OnMismatch.emulate)
