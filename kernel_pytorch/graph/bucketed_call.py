@@ -1,0 +1,286 @@
+"""Calls of many sizes as calls of few: padded to a bucket, run by one inner callable, and cut back to their own size."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernel_pytorch.cache import LRUCache
+from kernel_pytorch.graph.bucket_report import BucketReport, num_compilations
+from kernel_pytorch.graph.buckets import make_buckets
+from kernel_pytorch.graph.padding import Declarations, Found, StaticInputs, signature
+from kernel_pytorch.graph.padding_check import Passed, check_padding
+from kernel_pytorch.graph.state import ModuleGuard, WriteWatch, python_state
+from kernel_pytorch.graph.unpadding import Outputs, cut_leaf
+from kernel_pytorch.schema import BucketingConfig
+
+# Kinds of calls that differ in more than the declared dims; the least recently used one is forgotten with its buffers.
+_MAX_FAMILIES = 64
+# A check costs up to a dozen calls: a model that changed is left alone until it was the same for as many.
+_CALLS_OF_A_CHECK = 12
+_MAX_TRIES = 2
+
+
+@dataclass
+class _Bucket:
+    """passed: how outputs are cut; None before the first padded call. row: its line in the report."""
+
+    targets: dict[str, int]
+    row: dict[str, Any]
+    passed: Passed | None = None
+    inputs: StaticInputs | None = None
+
+
+@dataclass
+class _Family:
+    """Calls that differ in their declared dims only. num_tries: checks that Python state of the model got in the way of."""
+
+    buckets: dict[tuple[int, ...], _Bucket] = field(default_factory=dict)
+    refusal: str | None = None
+    num_tries: int = 0
+
+
+class BucketedCall:
+    """Pads the declared dims of a call to a bucket's sizes, calls `inner`, and cuts every output dim that follows a declared
+    one. With graphs inside, that is one graph a bucket instead of one a size.
+
+    The first padded call of every bucket is checked on its own arguments (see check_padding) and answered by the plain call;
+    where the check fails, no call of its kind is padded any more, and `report` says why. Calls go to `plain` as they are when
+    they cannot be padded: sizes beyond the last bucket, gradients enabled, another thread inside, arguments that are written
+    to or that are objects (a KV cache). A call of exactly a bucket's sizes is not padded and needs no check.
+
+    An output that is an argument comes back as that argument. Cut outputs are contiguous where the plain ones are. The check
+    holds for the model as it was: parameters or buffers that are replaced or written to (but for `.data`, which leaves no
+    trace) and modes that change make it run again.
+
+    inner: what runs padded calls. plain: the same function, of any size, without state of its own; None is `inner`.
+    model: whose signature the declarations are of. tile: see make_buckets. static_inputs: padded arguments are always in the
+    same memory, as graphs want them. num_captures: graphs recorded by `inner` so far."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inner: Callable[..., Any],
+        dynamic_dims: Sequence[str],
+        bucketing: BucketingConfig,
+        *,
+        plain: Callable[..., Any] | None = None,
+        tile: int | None = None,
+        static_inputs: bool = False,
+        num_captures: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self._model, self._inner, self._plain = model, inner, plain or inner
+        self._static_inputs, self._num_captures = static_inputs, num_captures
+        self._declarations = Declarations(model.forward, dynamic_dims)
+        self._buckets = {name: make_buckets(bucketing, tile) for name in self._declarations.size_names}
+        self._families: LRUCache[Hashable, _Family] = LRUCache(_MAX_FAMILIES)
+        self._lock = threading.Lock()
+        self._stream: torch.cuda.Stream | None = None
+        self._watch_model()
+        self._num_calls_unchanged, self._settling = _CALLS_OF_A_CHECK, False
+        self._report = BucketReport(bucketing, tile, self._buckets)
+        self.report = self._report.values
+
+    @property
+    def waste(self) -> float:
+        """Elements of padding over real elements of the declared arguments, over the calls of all buckets; 0 before the first."""
+        return self._report.waste
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not self._lock.acquire(blocking=False):
+            return self._plain(*args, **kwargs)
+        try:
+            return self._call(args, kwargs)
+        finally:
+            self._lock.release()
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        found = self._declarations.find(args, kwargs)
+        why = found if isinstance(found, str) else self._straight_through(found)
+        if isinstance(found, str) or why is not None:
+            return self._straight(why or "", args, kwargs)
+        targets = self._targets(found)
+        if targets is None:
+            return self._straight("larger than the last bucket", args, kwargs)
+        key = signature(args, kwargs, found)
+        if key is None:
+            return self._straight("an argument is an object, what a padded call does to which could not be undone", args, kwargs)
+        family = self._families.get_or_make(key, _Family)
+        exact = targets == found.sizes
+        if family.refusal is not None and not exact:
+            return self._straight(family.refusal, args, kwargs)
+        bucket = family.buckets.get(tuple(targets.values()))
+        if bucket is None:
+            bucket = family.buckets[tuple(targets.values())] = _Bucket(targets, self._report.row(targets))
+        if bucket.passed is None and not exact:
+            return self._first(family, bucket, found, args, kwargs)
+        return self._run(bucket, found, args, kwargs)
+
+    def _straight_through(self, found: Found) -> str | None:
+        if torch.is_grad_enabled():
+            return "gradients are enabled"
+        if found.tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return "the call is being captured by someone else"
+        if self._guard.has_hooks():
+            return "a module has a forward hook, which would see padding"
+        if self._guard.broken() is not None or self._num_writes() != self._writes:
+            self._watch_model()
+            self._forget_checks()
+            self._settling = self._num_calls_unchanged < _CALLS_OF_A_CHECK
+            self._num_calls_unchanged = 0
+        self._num_calls_unchanged += 1
+        self._settling = self._settling and self._num_calls_unchanged < _CALLS_OF_A_CHECK
+        return "the model changes from call to call" if self._settling else None
+
+    def _forget_checks(self) -> None:
+        """Buckets that are still there keep their memory, whose addresses graphs know."""
+        keys = self._families.keys()
+        for family in map(self._families.get, keys):
+            if family is not None:
+                family.refusal, family.num_tries = None, 0
+                family.buckets = {sizes: bucket for sizes, bucket in family.buckets.items() if self._is_there(bucket)}
+                for bucket in family.buckets.values():
+                    bucket.passed = None
+
+    def _is_there(self, bucket: _Bucket) -> bool:
+        return all(target in self._buckets[name].sizes for name, target in bucket.targets.items())
+
+    def _watch_model(self) -> None:
+        self._guard = ModuleGuard(self._model)
+        self._tensors = [t for t in (*self._model.parameters(), *self._model.buffers()) if not t.is_inference()]
+        self._writes = self._num_writes()
+
+    def _num_writes(self) -> int:
+        return sum(map(_version, self._tensors))
+
+    def _targets(self, found: Found) -> dict[str, int] | None:
+        targets: dict[str, int] = {}
+        for name, size in found.sizes.items():
+            buckets = self._buckets[name]
+            if buckets.observe(size):
+                self.report["sizes"][name] = list(buckets.sizes)
+                # Smaller sizes than were checked may go to a bucket now.
+                self._forget_checks()
+            bucket = buckets.bucket_of(size)
+            if bucket is None:
+                return None
+            targets[name] = bucket
+        return targets
+
+    def _first(self, family: _Family, bucket: _Bucket, found: Found, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answers with the plain call, and checks padding beside it."""
+        device = found.tensors[0].device
+        rng, state = _rng_state(device), python_state(self._model)
+        watch = WriteWatch(device.type)
+        with torch.compiler.set_stance("force_eager"):
+            try:
+                with watch:
+                    result = self._plain(*args, **kwargs)
+            except RuntimeError as error:
+                watch.restore()
+                _set_rng_state(device, rng)
+                family.refusal = f"the call cannot be watched: {(str(error).splitlines() or [type(error).__name__])[0]}"
+                return self._straight(family.refusal, args, kwargs)
+            if watch.num_written:
+                family.refusal = "the call writes to memory that outlives it, which padding would be written to"
+            elif not torch.equal(_rng_state(device), rng):
+                family.refusal = "the call draws random numbers, and would draw others for another size"
+            elif python_state(self._model) == state:
+                self._check(family, bucket, found, result, args, kwargs)
+            if python_state(self._model) != state:
+                # A model may fill a cache of its own: for the call's size, then for the bucket's.
+                family.num_tries += 1
+                bucket.passed = None
+                if family.num_tries > _MAX_TRIES:
+                    family.refusal = "the call changes Python attributes of the model"
+        if family.refusal is not None:
+            bucket.row["refused"] = family.refusal
+        self._report.straight(family.refusal or "the first padded call of a bucket is answered without padding")
+        return result
+
+    def _check(self, family: _Family, bucket: _Bucket, found: Found, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def run(tensors: Sequence[torch.Tensor]) -> Any:
+            new_args, new_kwargs = found.replace(args, kwargs, tensors)
+            return self._plain(*new_args, **new_kwargs)
+
+        device = found.tensors[0].device.type
+        types = {parameter.dtype for parameter in self._model.parameters() if parameter.is_floating_point()}
+        if torch.is_autocast_enabled(device):
+            types.add(torch.get_autocast_dtype(device))
+        smallest = {name: self._buckets[name].smallest_of(target) for name, target in bucket.targets.items()}
+        outcome = check_padding(run, found, result, bucket.targets, smallest, types)
+        if isinstance(outcome, str):
+            family.refusal = outcome
+            return
+        bucket.passed = outcome
+        bucket.row.pop("refused", None)
+        self._report.checked(bucket.row, outcome)
+
+    def _run(self, bucket: _Bucket, found: Found, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensors = self._inputs(bucket, found)
+        captures, compilations = self._num_captures(), num_compilations()
+        new_args, new_kwargs = (args, kwargs) if tensors is found.tensors else found.replace(args, kwargs, tensors)
+        result = self._inner(*new_args, **new_kwargs)
+        bucket.row["captures"] += self._num_captures() - captures
+        bucket.row["compilations"] += num_compilations() - compilations
+        if tensors is found.tensors:
+            self._report.call(bucket.row, found, bucket.targets)
+            return result
+        outputs = Outputs(result)
+        if bucket.passed is None or outputs.shapes() != bucket.passed.shapes:
+            # Python attributes decide on the output, and are not watched: what was checked is another function.
+            bucket.passed = None
+            return self._straight("the output is not shaped as it was when padding was checked", args, kwargs)
+        self._report.call(bucket.row, found, bucket.targets)
+        static = {t.untyped_storage()._cdata for t in tensors} if self._static_inputs else set()
+        leaves = []
+        for leaf, cut in zip(outputs.leaves, bucket.passed.cuts, strict=True):
+            given = next((mine for mine, padded in zip(found.tensors, tensors, strict=True) if leaf is padded), None)
+            if given is not None or not isinstance(leaf, torch.Tensor):
+                leaves.append(leaf if given is None else given)
+                continue
+            part = cut_leaf(leaf, cut, found.sizes)
+            # What the next call writes to, or is not laid out as the call without padding lays it out, is copied.
+            copied = leaf.untyped_storage()._cdata in static or (cut and not part.is_contiguous())
+            leaves.append(part.clone() if copied else part)
+        return outputs.rebuilt(leaves)
+
+    def _inputs(self, bucket: _Bucket, found: Found) -> list[torch.Tensor]:
+        """The caller's own tensors where they fit; in static memory only when it was checked that the call does not write to them."""
+        exact = found.sizes == bucket.targets
+        if exact and (bucket.passed is None or not self._static_inputs):
+            return found.tensors
+        if not self._static_inputs:
+            return found.padded(bucket.targets)
+        if bucket.inputs is None:
+            bucket.inputs = StaticInputs(found, bucket.targets)
+            bucket.row["buffer_bytes"] += bucket.inputs.num_bytes
+        if found.tensors[0].is_cuda:
+            stream = torch.cuda.current_stream(found.tensors[0].device)
+            if self._stream is not None and self._stream != stream:
+                # The call before may still be reading what is written now.
+                stream.wait_stream(self._stream)
+            self._stream = stream
+        bucket.inputs.load(found)
+        return bucket.inputs.tensors
+
+    def _straight(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._report.straight(reason)
+        return self._plain(*args, **kwargs)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return tensor._version
+
+
+def _rng_state(device: torch.device) -> torch.Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_rng_state(device: torch.device, state: torch.Tensor) -> None:
+    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
