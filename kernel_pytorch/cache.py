@@ -103,6 +103,11 @@ class LRUCache(Generic[K, V]):
         with self._lock:
             self._entries.clear()
 
+    def values(self) -> list[V]:
+        """Values in the order of `keys`; not a look-up."""
+        with self._lock:
+            return list(self._entries.values())
+
     def keys(self) -> list[K]:
         """Keys as they would be evicted, the least recently used first."""
         with self._lock:

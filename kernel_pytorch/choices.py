@@ -58,6 +58,14 @@ class CompileMode(str, Enum):
     max_autotune = "max_autotune"
 
 
+class GraphDeploymentStrategy(str, Enum):
+    """How sure it must be that a CUDA graph is worth it. Numbers are in graph/strategy.py."""
+
+    conservative = "conservative"
+    balanced = "balanced"
+    aggressive = "aggressive"
+
+
 class BucketStrategy(str, Enum):
     """Which padded sizes a dynamic dim has."""
 

@@ -20,6 +20,7 @@ from kernel_pytorch.choices import (
     AllocationStrategy,
     BucketStrategy,
     CompileMode,
+    GraphDeploymentStrategy,
     OnMismatch,
     Phase,
     ScaleSearch,
@@ -304,10 +305,17 @@ class BucketingConfig:
 class GraphConfig(GroupConfig):
     """CUDA graph capture of the call."""
 
+    strategy: Annotated[
+        GraphDeploymentStrategy, Field(description="gain that a replay must measure, and calls that must repay its capture")
+    ] = GraphDeploymentStrategy.balanced
     num_warmup_calls: Annotated[int, Field(ge=1, le=1000, description="calls on a side stream before capture")] = 3
     min_speedup: Annotated[
-        float, Field(ge=1, le=100, description="replay is kept when it is at least this many times as fast as the call without it")
-    ] = 1.02
+        Optional[float],
+        Field(ge=1, le=100, description="replay is kept when this many times as fast as the call without it; null: the strategy's"),
+    ] = None
+    memory_budget_bytes: Annotated[
+        Optional[int], Field(ge=1, description="device memory for graphs; null is a quarter of what is free at the first capture")
+    ] = None
     dynamic_dims: Annotated[
         List[DynamicDimName],
         Field(description="ARGUMENT:DIM[@SIZE][=VALUE] of the dims that are padded; those without @SIZE are one size; empty pads nothing"),

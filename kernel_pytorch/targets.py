@@ -32,7 +32,9 @@ TARGETS: dict[str, Target] = {
     "kernel_pytorch.memory.offload.OffloadWeights": Target("memory", ("include", "exclude", "prefetch_depth", "num_resident_blocks")),
     "kernel_pytorch.compile.inductor.InductorCompile": Target("compile", ("mode", "fullgraph", "dynamic")),
     "kernel_pytorch.compile.regional.RegionalCompile": Target("compile", ("include", "exclude", "mode", "fullgraph", "dynamic")),
-    "kernel_pytorch.graph.capture.CaptureWholeCall": Target("graph", ("num_warmup_calls", "min_speedup")),
+    "kernel_pytorch.graph.capture.CaptureWholeCall": Target(
+        "graph", ("strategy", "num_warmup_calls", "min_speedup", "memory_budget_bytes")
+    ),
     "kernel_pytorch.models.minilm.MiniLM": Target("model", ("dtype",)),
     "kernel_pytorch.models.decoder.DecoderSource": Target("model", ("preset", "dtype", "phase")),
     "kernel_pytorch.models.bert.RandomBert": Target("model", ("preset", "dtype")),

@@ -71,9 +71,23 @@ def rebuild(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
     return value
 
 
+def value_key(value: Any) -> tuple[Any, Any]:
+    """Equal only for equal values of one type: 1 is not True, and 0.0 is not -0.0."""
+    if isinstance(value, float):
+        return (type(value), float(value).hex())
+    if isinstance(value, complex):
+        return (type(value), repr(value))
+    return (type(value), value)
+
+
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor has memory of its own: no subclass that wraps other tensors."""
     return type(tensor) in _PLAIN
+
+
+def overlaps(tensor: torch.Tensor) -> bool:
+    """Whether elements share memory, as in an expanded tensor: nothing can be copied into it."""
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def holds_tensors(value: Any) -> bool:
@@ -88,14 +102,14 @@ def _argument(value: Any, call: Call, depth: int) -> None:
     if isinstance(value, torch.Tensor):
         _leaf(value, call)
     elif isinstance(value, _BY_VALUE):
-        add(type(value))
-        add(value)
+        call.structure.extend(value_key(value))
     elif type(value) is dict:
         add("{")
         for key, item in value.items():
-            if not isinstance(key, _BY_VALUE):
+            if isinstance(key, _BY_VALUE):
+                call.structure.extend(value_key(key))
+            else:
                 call.refusal = f"a dict argument has a key of type {type(key).__name__}"
-            add(key)
             _argument(item, call, depth)
         add("}")
     elif type(value) in (list, tuple) or _is_namedtuple(value):
@@ -111,9 +125,10 @@ def _leaf(tensor: torch.Tensor, call: Call) -> None:
     if not is_plain(tensor) or tensor.layout is not torch.strided:
         call.refusal = f"an argument is a {type(tensor).__name__} of layout {str(tensor.layout).removeprefix('torch.')}"
         return
+    if tensor.is_conj() or tensor.is_neg():
+        call.refusal = "an argument is a conjugate or negative that is not computed yet"
+        return
     call.structure.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
-    if tensor.device.type == "cpu" and tensor.numel() == 1:
-        call.structure.append(tensor.item())
     call.tensors.append(tensor)
 
 
@@ -125,7 +140,7 @@ def _inside(value: Any, call: Call, depth: int, seen: set[int]) -> None:
         place((id(value), value.data_ptr() if is_plain(value) and value.layout is torch.strided else 0))
         call.objects.append(value)
     elif isinstance(value, _BY_VALUE):
-        add(value)
+        call.structure.extend(value_key(value))
     elif isinstance(value, _BY_IDENTITY) or id(value) in seen:
         place(id(value))
         call.objects.append(value)

@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import torch
 
-_NUM_SAMPLES, _NUM_SAMPLES_SLOW = 20, 5
-_SLOW_MS = 250.0
+from kernel_pytorch.graph.timing import Comparison, compare
 
 
 @dataclass(frozen=True)
 class Recording:
     """output: what the recorded call returned, in memory that `replay` writes again. pool_bytes: the most that the recorded call
-    had allocated at once, which its graph keeps."""
+    had allocated at once. held_bytes: what of it is still allocated, its outputs; the rest is free for the next recording in the
+    same pool."""
 
     output: Any
     replay: Callable[[], None]
     pool_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Medians over num_samples interleaved calls."""
-
-    plain_ms: float
-    replay_ms: float
-    num_samples: int
+    held_bytes: int = 0
 
 
 class Recorder(ABC):
@@ -54,8 +46,31 @@ class Recorder(ABC):
         """Raises RuntimeError when the call does something that cannot be recorded."""
 
     @abstractmethod
-    def compare(self, plain: Callable[[], Any], replay: Callable[[], Any], undo: Callable[[], None]) -> Comparison:
-        """Times both, taking turns; `undo` runs between the calls and is not timed."""
+    def compare(self, plain: Callable[[], Any], replay: Callable[[], Any], undo: Callable[[], None], margin: float = 1.0) -> Comparison:
+        """Times both, taking turns, until it is sure whether `replay` is `margin` times as fast; `undo` puts back what they wrote."""
+
+    def milliseconds(self, call: Callable[[], Any], num_calls: int = 1) -> float:
+        """A call's time, of num_calls made in a row from an idle device on."""
+        start = time.perf_counter()
+        for _ in range(num_calls):
+            call()
+        return (time.perf_counter() - start) * 1e3 / num_calls
+
+    def is_elsewhere(self, tensor: torch.Tensor) -> bool:
+        """Whether a graph of this device cannot hold on to the tensor's memory."""
+        return tensor.device.type != self.device.type
+
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy on the device."""
+        return tensor.to(self.device, copy=True)
+
+    def refill(self, buffer: torch.Tensor, tensor: torch.Tensor) -> None:
+        """Copies a tensor that is elsewhere into device memory, in the current stream's order, without waiting for it."""
+        buffer.copy_(tensor)
+
+    def free_bytes(self) -> int | None:
+        """Device memory that may still be taken; None when unknown."""
+        return None
 
     @abstractmethod
     def rng_state(self) -> torch.Tensor: ...
@@ -80,7 +95,7 @@ class CudaRecorder(Recorder):
         self._stream = torch.cuda.Stream(device)
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         self._pool: Any = None
-        self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
+        self._last: torch.cuda.Stream | None = None
 
     def busy(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
@@ -104,17 +119,20 @@ class CudaRecorder(Recorder):
         graph = torch.cuda.CUDAGraph()
         # torch.cuda.graph() leaves its stream current when a capture fails; this does not.
         with torch.cuda.stream(self._stream):
+            recorded = False
             try:
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 output = call()
                 graph.capture_end()
-            except RuntimeError:
-                self._abandon(graph)
-                raise
+                recorded = True
             finally:
+                # Whatever was raised: a stream that goes on recording would swallow everyone's work.
+                if not recorded:
+                    self._abandon(graph)
                 torch.clear_autocast_cache()
         self._graphs.add(graph)
-        return Recording(output, graph.replay, torch.cuda.max_memory_allocated(self.device) - before)
+        most, still = torch.cuda.max_memory_allocated(self.device), torch.cuda.memory_allocated(self.device)
+        return Recording(output, graph.replay, most - before, max(0, still - before))
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
         """Ends a capture that failed: the end fails too, for the reason that is being raised, and leaves the random
@@ -128,29 +146,29 @@ class CudaRecorder(Recorder):
         torch.zeros(1, device=self.device)
         healing.capture_end()
 
-    def compare(self, plain: Callable[[], Any], replay: Callable[[], Any], undo: Callable[[], None]) -> Comparison:
-        for call in (plain, replay):
-            call()
-            undo()
-        first = self._milliseconds(plain)
-        undo()
-        num_samples = _NUM_SAMPLES if first < _SLOW_MS else _NUM_SAMPLES_SLOW
-        samples: tuple[list[float], list[float]] = ([], [])
-        for _ in range(num_samples):
-            for call, into in zip((plain, replay), samples, strict=True):
-                into.append(self._milliseconds(call))
-                undo()
-        return Comparison(median(samples[0]), median(samples[1]), num_samples)
+    def compare(self, plain: Callable[[], Any], replay: Callable[[], Any], undo: Callable[[], None], margin: float = 1.0) -> Comparison:
+        return compare(self.milliseconds, plain, replay, undo, margin)
 
-    def _milliseconds(self, call: Callable[[], Any]) -> float:
+    def milliseconds(self, call: Callable[[], Any], num_calls: int = 1) -> float:
         """Device time from an idle device on, so that the time of launching counts."""
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(self.device)
         start.record()
-        call()
+        for _ in range(num_calls):
+            call()
         end.record()
         torch.cuda.synchronize(self.device)
-        return start.elapsed_time(end)
+        return start.elapsed_time(end) / num_calls
+
+    def refill(self, buffer: torch.Tensor, tensor: torch.Tensor) -> None:
+        # A new pinned block in every call: the allocator gives it out again only after the copy has read it, and the caller may
+        # change its own tensor at once.
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+        buffer.copy_(pinned, non_blocking=True)
+
+    def free_bytes(self) -> int | None:
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
 
     def rng_state(self) -> torch.Tensor:
         return torch.cuda.get_rng_state(self.device)
@@ -160,11 +178,10 @@ class CudaRecorder(Recorder):
 
     def enter_replay(self) -> None:
         current = torch.cuda.current_stream(self.device)
-        if self._last is not None and self._last[0] != current:
-            current.wait_event(self._last[1])
+        if self._last is not None and self._last != current:
+            # Nothing is recorded after each replay: the stream of the last one is waited for only when the next one is elsewhere.
+            current.wait_stream(self._last)
+        self._last = current
 
     def leave_replay(self) -> None:
-        current = torch.cuda.current_stream(self.device)
-        event = self._last[1] if self._last is not None else torch.cuda.Event()
-        event.record(current)
-        self._last = (current, event)
+        """The stream is remembered when a replay is entered."""

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from operator import getitem, is_
+import sys
+from collections.abc import Callable, Iterator
+from operator import getitem, is_, itemgetter
 from typing import Any
 
 import torch
+import torch.nn.modules.module as _every_module
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kernel_pytorch.graph.inputs import describe_state, is_plain
+
+_TRAINING = itemgetter("training")
+
+# A tensor of the host that is at most this large is compared by value, or put on the device, when a model holds it.
+HOST_BYTES = 2**20
 
 # Kept by nn.Module itself: compared as tensors and hooks, or not at all.
 _OWN = {"_parameters", "_buffers", "_modules", "_compiled_call_impl", *(name for name in vars(nn.Module()) if "hooks" in name)}
@@ -23,23 +30,36 @@ class WriteWatch(TorchDispatchMode):
     that memory before the first write: `restore` undoes the call. Sees tensors of inference mode, which have no version
     counter, and writes of equal values, which a comparison would miss.
 
-    waits_for: the operation that needs a value of `device_type` memory on the host, which no graph can record; or None."""
+    device_type: of the device that records. is_elsewhere: tells tensors that are not on it; by default by that type. model:
+    names the module that an operation stood in. waits_for: the operation that needs a value of the device on the host, which
+    no graph can record; or None. crosses: the first operation that takes host memory to the device. on_host: the first
+    operation that computed on the host from memory that was there before, larger than HOST_BYTES. where: of each of these,
+    the module."""
 
     supports_higher_order_operators = True
 
-    def __init__(self, device_type: str) -> None:
+    def __init__(
+        self, device_type: str, *, is_elsewhere: Callable[[torch.Tensor], bool] | None = None, model: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self._device_type = device_type
+        self._is_elsewhere = is_elsewhere or (lambda tensor: tensor.device.type != device_type)
+        self._model = model
         self.waits_for: str | None = None
+        self.crosses: str | None = None
+        self.on_host: str | None = None
+        self.where: dict[str, str] = {}
+        self.num_operations = 0
         self._created: dict[int, StorageWeakRef] = {}
         self.found: dict[int, torch.UntypedStorage] = {}
         self._saved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.num_operations += 1
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and _has_storage(leaf)]
-        if self.waits_for is None and _needs_values(func, args) and any(t.device.type == self._device_type for t in inputs):
-            self.waits_for = str(func)
+        elsewhere = [tensor for tensor in inputs if self._is_elsewhere(tensor)]
+        if self.waits_for is None and _needs_values(func, args) and len(elsewhere) < len(inputs):
+            self.waits_for = self._met(str(func))
         for tensor in inputs:
             storage = tensor.untyped_storage()
             if storage._cdata not in self._created:
@@ -47,13 +67,42 @@ class WriteWatch(TorchDispatchMode):
         for tensor in _written(func, args, kwargs, inputs):
             self._save(tensor.untyped_storage())
         result = func(*args, **kwargs)
+        made = []
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and _has_storage(leaf):
                 storage = leaf.untyped_storage()
                 if storage._cdata not in self.found and storage._cdata not in self._created:
                     # The weak reference keeps the number from being given to another storage.
                     self._created[storage._cdata] = StorageWeakRef(storage)
+                    made.append(leaf)
+        if elsewhere:
+            self._note_host(str(func), elsewhere, [*made, *(t for t in inputs if func is torch.ops.aten.copy_.default)])
         return result
+
+    def _note_host(self, name: str, elsewhere: list[torch.Tensor], results: list[torch.Tensor]) -> None:
+        to_device = any(not self._is_elsewhere(tensor) for tensor in results)
+        if to_device and self.crosses is None:
+            self.crosses = self._met(name)
+        large = any(t.nbytes > HOST_BYTES and t.untyped_storage()._cdata in self.found for t in elsewhere)
+        if results and not to_device and large and self.on_host is None:
+            self.on_host = self._met(name)
+
+    def _met(self, name: str) -> str:
+        """Remembers which of the model's modules is being called, the innermost."""
+        if self._model is not None and name not in self.where:
+            names = {id(module): path for path, module in self._model.named_modules()}
+            frame = sys._getframe(1)
+            while frame is not None:
+                path = names.get(id(frame.f_locals.get("self")))
+                if path is not None:
+                    self.where[name] = path or type(self._model).__name__
+                    break
+                frame = frame.f_back
+        return name
+
+    def said(self, name: str) -> str:
+        """The operation, with its module where that was found."""
+        return f"{name} in {self.where[name]}" if name in self.where else name
 
     def wrote(self, tensor: torch.Tensor) -> bool:
         return tensor.untyped_storage()._cdata in self._saved
@@ -66,10 +115,20 @@ class WriteWatch(TorchDispatchMode):
     def num_written(self) -> int:
         return len(self._saved)
 
+    def will_write(self, tensor: torch.Tensor) -> None:
+        """Says that the call writes to the tensor's memory, before it does."""
+        storage = tensor.untyped_storage()
+        self.found.setdefault(storage._cdata, storage)
+        self._save(storage)
+
     def restore(self) -> None:
         """Puts back the memory as it was before the call."""
         for view, saved in self._saved.values():
             view.copy_(saved)
+
+    def written(self) -> list[torch.Tensor]:
+        """The bytes that the call writes, as they are now: views, not copies."""
+        return [view for view, _ in self._saved.values()]
 
     def _save(self, storage: torch.UntypedStorage) -> None:
         if storage._cdata in self.found and storage._cdata not in self._saved:
@@ -95,7 +154,10 @@ def _written(func: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor]) -> l
         # A higher-order operator does not say what it writes: take all of its inputs.
         return inputs
     if "batch_norm" in schema.name or "instance_norm" in schema.name:
-        # These update running statistics, vectors, and their schemas do not say so.
+        # These update running statistics, vectors, and their schemas do not say so; they do it in training only.
+        flags = zip(schema.arguments, args, strict=False)
+        if any(argument.name in ("training", "use_input_stats") and value is False for argument, value in flags):
+            return []
         return [tensor for tensor in inputs if tensor.dim() == 1]
     if not schema.is_mutable:
         return []
@@ -112,25 +174,32 @@ def python_state(model: nn.Module) -> list[Any]:
 
 
 class ModuleGuard:
-    """Remembers which tensors, submodules and modes a model had. A graph holds addresses: it is wrong once they change."""
+    """Remembers which tensors, submodules and modes a model had. A graph holds addresses: it is wrong once they change.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._modules = list(model.modules())
-        self._hooks = [hooks for m in self._modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self._training = [m.training for m in self._modules]
-        slots = [slot for module in self._modules for slot in _slots(module)]
-        self._containers = [container for container, _, _ in slots]
-        self._keys = [key for _, key, _ in slots]
-        self._values = [value for _, _, value in slots]
+    is_elsewhere: tells tensors that the device does not reach. What the host reads of them is frozen into a graph, so those of
+    at most HOST_BYTES are compared by value."""
+
+    def __init__(self, model: nn.Module, is_elsewhere: Callable[[torch.Tensor], bool] | None = None) -> None:
+        modules = list(model.modules())
+        self._dicts = [vars(module) for module in modules]
+        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooks += [_every_module._global_forward_hooks, _every_module._global_forward_pre_hooks]
+        self._training = [m.training for m in modules]
+        self.slots = [slot for module in modules for slot in _slots(module)]
+        self._containers = [container for container, _, _ in self.slots]
+        self._keys = [key for _, key, _ in self.slots]
+        self._values = [value for _, _, value in self.slots]
         self._tensors = [v for v in self._values if isinstance(v, torch.Tensor) and _has_storage(v)]
         self._addresses = [t.data_ptr() for t in self._tensors]
+        far = [t for t in self._tensors if is_elsewhere is not None and is_elsewhere(t) and t.nbytes <= HOST_BYTES]
+        self._by_value = [(tensor, tensor.clone()) for tensor in far]
 
     def has_hooks(self) -> bool:
         """Whether a module has a forward hook, which a replay would not run."""
         return any(self._hooks)
 
     def broken(self) -> str | None:
-        """What changed since, or None. Runs before every replay, so it stays in C where it can."""
+        """What changed since, or None. Runs in every replay, so it stays in C where it can."""
         try:
             same = all(map(is_, map(getitem, self._containers, self._keys), self._values))
         except (KeyError, IndexError):
@@ -139,9 +208,18 @@ class ModuleGuard:
             return "a parameter, buffer or submodule was replaced"
         if list(map(torch.Tensor.data_ptr, self._tensors)) != self._addresses:
             return "a parameter or buffer has other memory"
-        if [m.training for m in self._modules] != self._training:
+        if list(map(_TRAINING, self._dicts)) != self._training:
             return "a module went from training to eval or back"
+        if self._by_value and not all(same_bits(tensor, known) for tensor, known in self._by_value):
+            return "a tensor that the model holds on the host has another value"
         return None
+
+
+def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Equal in every bit, so that 0.0 is not -0.0 and a NaN is itself."""
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    return torch.equal(first.contiguous().reshape(-1).view(torch.uint8), second.contiguous().reshape(-1).view(torch.uint8))
 
 
 def _slots(module: nn.Module) -> Iterator[tuple[Any, Any, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +12,16 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from kernel_pytorch.choices import GraphDeploymentStrategy
 from kernel_pytorch.errors import UnsupportedOperationError
-from kernel_pytorch.graph.graphed_call import _modes, _shown
+from kernel_pytorch.graph.analysis import WorkloadAnalysis
 from kernel_pytorch.graph.inputs import Call, describe, rebuild
+from kernel_pytorch.graph.kinds import modes, shown
 from kernel_pytorch.graph.optimizer_state import OptimizerGuard, has_hooks, host_state, host_values, recorded_values, refusal
 from kernel_pytorch.graph.recorder import CudaRecorder, Recorder, Recording
 from kernel_pytorch.graph.state import ModuleGuard, WriteWatch, python_state
+from kernel_pytorch.graph.strategy import terms
+from kernel_pytorch.graph.trial import first_line
 
 # Each costs a second or more; a learning rate that is another float in every step would never earn it back.
 _MAX_CAPTURES = 8
@@ -36,22 +41,19 @@ class _RecordedStep:
     """One recording with the tensors that it reads and the gradients that it writes."""
 
     def __init__(self, recorder: Recorder, recording: Recording, static: list[torch.Tensor], params: list[nn.Parameter]) -> None:
-        self._recorder, self._recording, self._static = recorder, recording, static
+        self.recording = recording
+        self._recorder, self._static = recorder, static
         trained = [(parameter, parameter.grad) for parameter in params if parameter.grad is not None]
         self._params = [parameter for parameter, _ in trained]
         self._grads = [grad for _, grad in trained]
-
-    @property
-    def pool_bytes(self) -> int:
-        return self._recording.pool_bytes
 
     def run(self, tensors: list[torch.Tensor]) -> torch.Tensor:
         """Trains on `tensors`; returns the loss in memory of its own. `.grad` of the parameters is this step's gradient after it."""
         self._recorder.enter_replay()
         for static, tensor in zip(self._static, tensors, strict=True):
             static.copy_(tensor, non_blocking=True)
-        self._recording.replay()
-        loss = self._recording.output.clone()
+        self.recording.replay()
+        loss = self.recording.output.clone()
         self._recorder.leave_replay()
         # A plain step or the caller's zero_grad() has detached them: all or none.
         if self._params and self._params[0].grad is not self._grads[0]:
@@ -62,13 +64,14 @@ class _RecordedStep:
 
 class GraphedTrainStep:
     """One training step, `step(*inputs) -> loss`: zero_grad, forward, backward, `after_backward`, optimizer step. Calls of one shape
-    become one CUDA graph where its replay is at least `min_speedup` times as fast as the plain step.
+    become one CUDA graph where `strategy` finds its replay fast enough beside the plain step.
 
     loss_fn: `loss_fn(model, *inputs)` returns the loss, a tensor with one element; autocast belongs inside. after_backward: called
-    between backward and step, for clipping gradients. num_warmup_steps: run on a side stream before the capture.
+    between backward and step, for clipping gradients. num_warmup_steps: run on a side stream before the capture. min_speedup: plain
+    time over replay time, at least; None is the strategy's own.
 
-    The first call is a plain step, in which the optimizer makes its state. The second call with the same shapes and settings runs
-    the step several times to warm up, record and time it, on weights, buffers, optimizer state and random state that are put back
+    The first call is a plain step, in which the optimizer makes its state. The second call with the same shapes and settings (the
+    fifth, if conservative) runs the step several times to warm up, record and time it, on weights, buffers, optimizer state and random state that are put back
     bit for bit in between; it needs a copy of those for that time. Calls of other shapes (an epoch's last batch), in eval mode or
     under other modes are plain steps, and the graph is kept. It is dropped, and recorded again once two calls in a row agree, when
     a parameter or the optimizer's state was replaced or a value of the optimizer changed that is a constant in the graph: a
@@ -89,12 +92,13 @@ class GraphedTrainStep:
         *,
         after_backward: Callable[[], Any] | None = None,
         num_warmup_steps: int = 3,
-        min_speedup: float = 1.02,
+        strategy: GraphDeploymentStrategy = GraphDeploymentStrategy.balanced,
+        min_speedup: float | None = None,
         recorder: Recorder | None = None,
     ) -> None:
         self.decisions: list[dict[str, Any]] = []
         self._model, self._optimizer, self._loss_fn, self._after_backward = model, optimizer, loss_fn, after_backward
-        self._num_warmup_steps, self._min_speedup = num_warmup_steps, min_speedup
+        self._num_warmup_steps, self._terms = num_warmup_steps, terms(strategy, min_speedup)
         self._recorder = recorder or CudaRecorder(_cuda_device(model))
         why = refusal(optimizer, self._recorder.device)
         if why is not None:
@@ -104,6 +108,8 @@ class GraphedTrainStep:
         self._signature: _Signature | None = None
         self._guards: tuple[ModuleGuard, OptimizerGuard] | None = None
         self._hooks, self._modules = ModuleGuard(model), list(model.modules())
+        # Plain steps in a row that were alike: the first of them makes what the optimizer keeps, so it takes one at least.
+        self._num_alike = 0
         self._num_captures = 0
         self._refused = False
         self._noted: set[str] = set()
@@ -117,16 +123,17 @@ class GraphedTrainStep:
         if why is not None:
             self._note(why, call)
             return self._plain(*inputs)
-        signature = _Signature(call.key(), (*_modes(), [m.training for m in self._modules]), recorded_values(self._optimizer))
+        signature = _Signature(call.key(), (*modes(), [m.training for m in self._modules]), recorded_values(self._optimizer))
         if self._graph is None:
-            if signature == self._signature:
+            first, alike = self._signature is None, signature == self._signature
+            if alike and self._num_alike >= max(1, self._terms.first_call - 1):
                 return self._record(signature, call, inputs)
-            first, self._signature = self._signature is None, signature
+            self._signature, self._num_alike = signature, self._num_alike + 1 if alike else 1
             return self._first(*inputs) if first else self._plain(*inputs)
         broken = self._broken(signature)
         if broken is not None:
             self._drop(broken, call)
-            self._signature = signature
+            self._signature, self._num_alike = signature, 1
             return self._plain(*inputs)
         if signature != self._signature:
             self._note("other shapes or modes than the graph's: a plain step", call)
@@ -184,7 +191,7 @@ class GraphedTrainStep:
         try:
             self._try(signature, call, inputs, watch)
         except RuntimeError as error:
-            self._refuse(call, f"capture failed: {(str(error).splitlines() or [type(error).__name__])[0]}")
+            self._refuse(call, f"capture failed: {first_line(error)}")
         finally:
             # Whatever was raised, the caller's next step starts where this one did.
             watch.restore()
@@ -205,6 +212,7 @@ class GraphedTrainStep:
 
     def _try(self, signature: _Signature, call: Call, inputs: tuple[Any, ...], watch: WriteWatch) -> None:
         """Records and times the step, and keeps the graph or says in `decisions` why not. Leaves memory and random state changed."""
+        start = time.monotonic()
         before = (python_state(self._model), host_values(self._optimizer), torch.get_rng_state())
         with torch.compiler.set_stance("force_eager"), watch:
             self._plain(*inputs)
@@ -229,26 +237,18 @@ class GraphedTrainStep:
         self._graph, self._signature = graph, signature
         self._guards = (ModuleGuard(self._model), OptimizerGuard(self._optimizer))
         # Timed as the caller will have it, guards included.
-        comparison = self._recorder.compare(lambda: self._plain(*inputs), lambda: self(*inputs), watch.restore)
-        speedup = comparison.plain_ms / comparison.replay_ms
-        words = f"replay is {{}}: {speedup:.3f} times the plain step's speed, {self._min_speedup} asked for"
-        if speedup < self._min_speedup:
-            self._refuse(call, words.format("not kept"))
-            return
-        self.decisions.append(
-            {
-                "inputs": _shown(call),
-                "captured": True,
-                "reason": words.format("kept"),
-                "plain_ms": comparison.plain_ms,
-                "replay_ms": comparison.replay_ms,
-                "speedup": speedup,
-                "num_samples": comparison.num_samples,
-                "copied_bytes": sum(tensor.nbytes for tensor in static),
-                "pool_bytes": graph.pool_bytes,
-                "num_written": watch.num_written,
-            }
-        )
+        margin = self._terms.min_speedup
+        timed = self._recorder.compare(lambda: self._plain(*inputs), lambda: self(*inputs), watch.restore, margin)
+        analysis = WorkloadAnalysis.of(shown(call), self._num_alike, timed)
+        analysis.copied_bytes, analysis.num_written = sum(tensor.nbytes for tensor in static), watch.num_written
+        analysis.pool_bytes, analysis.held_bytes = graph.recording.pool_bytes, graph.recording.held_bytes + analysis.copied_bytes
+        analysis.num_operations, analysis.capture_s = watch.num_operations, time.monotonic() - start
+        keep, reason = timed.verdict(margin)
+        if keep and not self._terms.repays(analysis.capture_s, analysis.saved_ms):
+            keep, reason = False, f"{reason}; {self._terms.payback_calls} steps would not repay {analysis.capture_s:.2f} s of capture"
+        if not keep:
+            self._refused, self._graph, self._guards = True, None, None
+        self.decisions.append({**analysis.row(), "captured": keep, "reason": f"replay is {'kept' if keep else 'not kept'}: {reason}"})
 
     def _seen(self, before: tuple[Any, ...], call: Call, watch: WriteWatch) -> str | None:
         """Why a replay could not stand for the step that was just watched, or None."""
@@ -265,17 +265,17 @@ class GraphedTrainStep:
     def _drop(self, reason: str, call: Call) -> None:
         self._graph = self._guards = None
         self._hooks, self._modules = ModuleGuard(self._model), list(self._model.modules())
-        self.decisions.append({"inputs": _shown(call), "captured": False, "reason": f"graph dropped: {reason}"})
+        self.decisions.append({"inputs": shown(call), "captured": False, "reason": f"graph dropped: {reason}"})
 
     def _refuse(self, call: Call, reason: str) -> None:
         self._refused, self._graph, self._guards = True, None, None
-        self.decisions.append({"inputs": _shown(call), "captured": False, "reason": reason})
+        self.decisions.append({"inputs": shown(call), "captured": False, "reason": reason})
 
     def _note(self, reason: str, call: Call) -> None:
         """Says once that steps are plain, and why."""
         if reason not in self._noted:
             self._noted.add(reason)
-            self.decisions.append({"inputs": _shown(call), "captured": False, "reason": reason})
+            self.decisions.append({"inputs": shown(call), "captured": False, "reason": reason})
 
 
 def _cuda_device(model: nn.Module) -> torch.device:

@@ -8,18 +8,20 @@ import pytest
 import torch
 from torch import nn
 
+from kernel_pytorch.choices import GraphDeploymentStrategy
+from kernel_pytorch.graph.capture import graph_calls
 from kernel_pytorch.graph.graphed_call import GraphedCall
+from kernel_pytorch.graph.manager import CUDAGraphManager
 from kernel_pytorch.graph.recorder import CudaRecorder
+from kernel_pytorch.graph.strategy import terms
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 def wrap(model: nn.Module, min_speedup: float = 0.0) -> GraphedCall:
     """min_speedup 0 keeps every graph, so that what is tested does not depend on a timing."""
-    plain = model._compiled_call_impl or model._call_impl
-    graphed = GraphedCall(model, plain, CudaRecorder(torch.device("cuda", 0)), num_warmup_calls=3, min_speedup=min_speedup)
-    model._compiled_call_impl = graphed
-    return graphed
+    recorder = CudaRecorder(torch.device("cuda", 0))
+    return graph_calls(model, CUDAGraphManager(recorder, terms(GraphDeploymentStrategy.aggressive, min_speedup), num_warmup_calls=3))
 
 
 def mlp() -> nn.Module:

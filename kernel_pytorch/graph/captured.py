@@ -1,0 +1,113 @@
+"""One recorded call: where its arguments go, what it gives back, and for which arguments it stands."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from kernel_pytorch.errors import UnsupportedOperationError
+from kernel_pytorch.graph.inputs import Call, holds_tensors
+from kernel_pytorch.graph.recorder import Recorder, Recording
+from kernel_pytorch.graph.signature import pointers
+from kernel_pytorch.graph.state import WriteWatch, same_bits
+
+_numbers = itertools.count()
+# One launch for all; torch exports it without listing it.
+_copy_all = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+
+
+class Graph:
+    """Replays a recording. buffers: device memory that stands for argument i. fixed: arguments that must be where they were.
+    by_value: arguments on the host whose values are frozen in. pure: a replay writes nothing that was there before and draws
+    no random numbers, so that one too many does no harm. copies_cost: the replay was timed slower than one that copies nothing in."""
+
+    def __init__(
+        self,
+        recording: Recording,
+        recorder: Recorder,
+        call: Call,
+        static: list[torch.Tensor],
+        buffers: dict[int, torch.Tensor],
+        by_value: tuple[int, ...],
+        watch: WriteWatch,
+        *,
+        pure: bool,
+    ) -> None:
+        self.number = next(_numbers)
+        self.recording, self.buffers, self.pure = recording, buffers, pure
+        self._recorder = recorder
+        self.places = call.places()
+        self.pointers = pointers(call.tensors)
+        self.fixed = [i for i in range(len(call.tensors)) if i not in buffers and i not in by_value]
+        self.by_value = {i: call.tensors[i].clone() for i in by_value}
+        # What comes from the host is sent again only when it has another value.
+        self._refills = [i for i in buffers if recorder.is_elsewhere(call.tensors[i])]
+        self._last: dict[int, torch.Tensor] = {}
+        self._copies = [i for i in buffers if i not in self._refills]
+        self._into = [buffers[i] for i in self._copies]
+        arguments = {tensor.untyped_storage()._cdata: i for i, tensor in enumerate(static)}
+        # Memory that the recording reads by address: held, so that it cannot become someone else's. Arguments are not: a
+        # graph is for their addresses, whoever is there.
+        self._keep = (call.objects, [storage for key, storage in watch.found.items() if key not in arguments])
+        leaves, self._spec = tree_flatten(recording.output)
+        self._sources = [self._source(leaf, call, static, arguments, watch) for leaf in leaves]
+        # Arguments that come back are not held.
+        self._leaves: list[Any] = [leaf if type(source) is str else None for leaf, source in zip(leaves, self._sources, strict=True)]
+        self.held_bytes = recording.held_bytes + sum(buffer.nbytes for buffer in buffers.values())
+        self.pool_bytes = recording.pool_bytes
+        self.copied_bytes = sum(buffer.nbytes for buffer in buffers.values())
+        self.num_replays = 0
+        self.copies_cost = False
+
+    def _source(self, leaf: Any, call: Call, static: list[torch.Tensor], arguments: dict[int, int], watch: WriteWatch) -> Any:
+        """Where an output comes from: an argument's number, a view of an argument, the `same` object every time, a `clone`."""
+        if isinstance(leaf, torch.Tensor):
+            for index, tensor in enumerate(static):
+                if leaf is tensor:
+                    return index
+            index = arguments.get(leaf.untyped_storage()._cdata)
+            if index is not None and leaf.dtype == static[index].dtype:
+                return (index, leaf.shape, leaf.stride(), leaf.storage_offset() - static[index].storage_offset())
+            return "same" if watch.reads(leaf) and index is None else "clone"
+        if holds_tensors(leaf) and not any(leaf is known for known in call.objects):
+            raise UnsupportedOperationError(f"the output holds a {type(leaf).__name__}, whose tensors the next replay would overwrite")
+        return "same"
+
+    def fits(self, tensors: list[torch.Tensor], at: list[int], places: tuple[Any, ...]) -> bool:
+        """Whether this graph computes the call: its kind is known to fit. at: the tensors' addresses."""
+        if at != self.pointers and any(at[i] != self.pointers[i] for i in self.fixed):
+            return False
+        return places == self.places and all(same_bits(tensors[i], value) for i, value in self.by_value.items())
+
+    def fill(self, tensors: list[torch.Tensor]) -> None:
+        """Copies in what does not stay where it is."""
+        if len(self._copies) == 1:
+            self._into[0].copy_(tensors[self._copies[0]])
+        elif self._copies:
+            _copy_all(self._into, [tensors[i] for i in self._copies])
+        for i in self._refills:
+            known = self._last.get(i)
+            if known is None or not same_bits(tensors[i], known):
+                self._recorder.refill(self.buffers[i], tensors[i])
+                self._last[i] = tensors[i].clone()
+
+    def run(self, tensors: list[torch.Tensor]) -> Any:
+        if self.buffers:
+            self.fill(tensors)
+        self.recording.replay()
+        self.num_replays += 1
+        outputs = [self._output(leaf, source, tensors) for leaf, source in zip(self._leaves, self._sources, strict=True)]
+        return outputs[0] if self._spec.is_leaf() else tree_unflatten(outputs, self._spec)
+
+    def _output(self, leaf: Any, source: Any, tensors: list[torch.Tensor]) -> Any:
+        if source == "clone":
+            return leaf.clone()
+        if source == "same":
+            return leaf
+        if isinstance(source, int):
+            return tensors[source]
+        index, shape, stride, offset = source
+        return tensors[index].as_strided(shape, stride, tensors[index].storage_offset() + offset)

@@ -1,0 +1,94 @@
+"""The arguments of a call in a form that the next call's are compared with in microseconds.
+
+`describe` in inputs.py knows every kind of argument and says why one cannot be captured. This knows only tensors and plain
+values in tuples, lists and dicts, which is what nearly all calls are made of.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from operator import attrgetter, is_
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernel_pytorch.graph.inputs import value_key
+
+_TENSORS = frozenset({torch.Tensor, nn.Parameter})
+_SIZE, _STRIDE, _POINTER = torch.Tensor.size, torch.Tensor.stride, torch.Tensor.data_ptr
+_KIND = attrgetter("dtype", "device", "layout")
+_LIVE = weakref.ref.__call__
+_VALUES = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
+
+
+def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], list[torch.Tensor]] | None:
+    """(what is not a tensor, in order and hashable; the tensors in the order of `describe`), or None for other arguments."""
+    skeleton: list[Any] = []
+    tensors: list[torch.Tensor] = []
+    for value in args:
+        if type(value) in _TENSORS:
+            skeleton.append(None)
+            tensors.append(value)
+        elif not _flatten(value, skeleton, tensors):
+            return None
+    for key, value in kwargs.items():
+        skeleton.append(key)
+        if type(value) in _TENSORS:
+            tensors.append(value)
+        elif not _flatten(value, skeleton, tensors):
+            return None
+    return tuple(skeleton), tensors
+
+
+def _flatten(value: Any, skeleton: list[Any], tensors: list[torch.Tensor]) -> bool:
+    kind = type(value)
+    if kind in _TENSORS:
+        skeleton.append(None)
+        tensors.append(value)
+        return True
+    if kind in _VALUES:
+        skeleton.extend(value_key(value))
+        return True
+    if kind is tuple or kind is list:
+        skeleton.append((kind, len(value)))
+        for item in value:
+            # A cache is a tuple of tuples of tensors: one Python call a tensor less.
+            if type(item) in _TENSORS:
+                tensors.append(item)
+                skeleton.append(None)
+            elif not _flatten(item, skeleton, tensors):
+                return False
+        return True
+    if kind is dict:
+        if any(type(key) not in _VALUES for key in value):
+            return False
+        skeleton.append((kind, tuple(part for key in value for part in value_key(key))))
+        return all(_flatten(item, skeleton, tensors) for item in value.values())
+    return False
+
+
+class Signature:
+    """Shapes, strides, types and devices of the tensors of one kind of call. Holds none of their memory."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._sizes = list(map(_SIZE, tensors))
+        self._strides = list(map(_STRIDE, tensors))
+        self._kinds = list(map(_KIND, tensors))
+        self._objects = [weakref.ref(tensor) for tensor in tensors]
+
+    def fits(self, tensors: Sequence[torch.Tensor]) -> bool:
+        if list(map(_SIZE, tensors)) != self._sizes:
+            return False
+        # The objects of last time have the types of last time; their shapes may have been changed in place.
+        if not all(map(is_, tensors, map(_LIVE, self._objects))):
+            if list(map(_KIND, tensors)) != self._kinds or any(map(torch.Tensor.is_neg, tensors)) or any(map(torch.is_conj, tensors)):
+                return False
+            # Tensors that were made for this call will not be seen again; a cache that was swapped will.
+            self._objects = [weakref.ref(tensor) for tensor in tensors]
+        return list(map(_STRIDE, tensors)) == self._strides
+
+
+def pointers(tensors: Sequence[torch.Tensor]) -> list[int]:
+    return list(map(_POINTER, tensors))

@@ -1,0 +1,270 @@
+"""One attempt to record a call: watched, recorded, compared where something stands for the caller's own tensors, timed.
+
+The call runs several times, on memory and random state that are put back in between."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from kernel_pytorch.errors import UnsupportedOperationError
+from kernel_pytorch.graph.analysis import WorkloadAnalysis
+from kernel_pytorch.graph.captured import Graph
+from kernel_pytorch.graph.inputs import Call, describe, overlaps, rebuild
+from kernel_pytorch.graph.kinds import Kind
+from kernel_pytorch.graph.manager import CUDAGraphManager
+from kernel_pytorch.graph.placement import HostState, can_be_sent
+from kernel_pytorch.graph.state import WriteWatch, python_state, same_bits
+
+# What a model may raise while it is recorded: the plain call then says whether it is the model's own mistake.
+CALL_ERRORS = (
+    RuntimeError,
+    UnsupportedOperationError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    OSError,
+)
+_COPY_SAMPLES = 5
+# Pieces of fewer are not recorded: a replay is a launch too.
+_LEAST_OPERATIONS = 3
+
+
+@dataclass
+class Outcome:
+    """graph: recorded and worth it. done, result: the call was made and counts. refusal: why this kind is not tried again.
+    cannot: because it cannot be recorded, so that its parts are worth a try. timed: because of its times, which were written
+    down already. moved: the model's own tensors were moved."""
+
+    graph: Graph | None = None
+    done: bool = False
+    result: Any = None
+    refusal: str | None = None
+    cannot: bool = False
+    timed: bool = False
+    moved: bool = False
+
+
+class Trial:
+    """rehearse(kind, graph, args, kwargs): the replay with all that a caller's call does around it, for timing. staged: arguments
+    that the graph is to have copied in. writes: arguments that compiled code, which cannot be watched, writes to."""
+
+    def __init__(
+        self,
+        manager: CUDAGraphManager,
+        plain: Callable[..., Any],
+        model: nn.Module,
+        rehearse: Callable[..., Any],
+        kind: Kind,
+        call: Call,
+        staged: set[int],
+        writes: tuple[int, ...] = (),
+    ) -> None:
+        self._manager, self._recorder = manager, manager.recorder
+        self._plain, self._model, self._rehearse = plain, model, rehearse
+        self._kind, self._call, self._staged, self._writes = kind, call, staged, writes
+        self._rng = self._recorder.rng_state()
+        self._far = [i for i, tensor in enumerate(call.tensors) if self._recorder.is_elsewhere(tensor)]
+
+    def run(self, slots: list[tuple[Any, Any, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
+        """slots: where the model holds its tensors."""
+        kind, call = self._kind, self._call
+        kind.num_attempts += 1
+        large = next((call.tensors[i] for i in self._far if not can_be_sent(call.tensors[i])), None)
+        if large is not None:
+            return Outcome(refusal=f"an argument of {large.nbytes} bytes is on {large.device}", cannot=True)
+        before = python_state(self._model)
+        watch = self._new_watch()
+        try:
+            result = self._watched(watch, args, kwargs)
+        except CALL_ERRORS as error:
+            self._undo(watch)
+            return Outcome(refusal=f"the call cannot be watched: {first_line(error)}")
+        after = describe(args, kwargs)
+        if python_state(self._model) != before or (after.key(), after.places()) != (call.key(), call.places()):
+            # What Python holds cannot be put back, so this call counts. A model may fill a cache once: try once more.
+            changes = "the call changes Python attributes, which a replay would not"
+            return Outcome(done=True, result=result, refusal=changes if kind.num_attempts > 1 else None, cannot=True)
+        why = _refused(watch)
+        if why is not None:
+            return Outcome(done=True, result=result, refusal=why, cannot=True)
+        if "module" in kind.row and watch.num_operations < _LEAST_OPERATIONS:
+            return Outcome(done=True, result=result, refusal=f"{watch.num_operations} operations are not worth a graph")
+        pure = torch.equal(self._rng, self._recorder.rng_state()) and not watch.num_written
+        self._undo(watch)
+        kind.by_address = tuple(i for i, t in enumerate(call.tensors) if i not in self._far and (watch.wrote(t) or overlaps(t)))
+        self._staged -= set(kind.by_address)
+        state = HostState(slots, self._recorder, watch)
+        outcome = Outcome()
+        if state or (self._far and kind.substitutes):
+            outcome = self._attempt(args, kwargs, watch, self._far if kind.substitutes else [], state, pure)
+            if not outcome.cannot:
+                outcome.moved = bool(state)
+                return outcome
+            state.put_back()
+            kind.substitutes = False
+        with_placement, kind.by_value = outcome.refusal, tuple(self._far)
+        outcome = self._attempt(args, kwargs, watch, [], None, pure)
+        if outcome.cannot and with_placement:
+            outcome.refusal = f"{outcome.refusal}; with what is on the host put on the device: {with_placement}"
+        return outcome
+
+    def _attempt(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        first: WriteWatch,
+        sent: list[int],
+        state: HostState | None,
+        pure: bool,
+    ) -> Outcome:
+        """first: of this call as it is. sent: arguments on the host that device memory stands for. state: what the model holds
+        there, moved to the device first. Where something stands in the call is watched again, and compared."""
+        tensors = self._call.tensors
+        placed = bool(sent) or state is not None
+        seen = self._new_watch() if placed else first
+        try:
+            expected = self._outcome_of(args, kwargs, first) if placed else None
+            if state is not None:
+                state.place()
+            buffers = {i: self._recorder.place(tensors[i]) for i in sent} | {i: _buffer_like(tensors[i]) for i in self._staged}
+            static = [buffers.get(i, tensor) for i, tensor in enumerate(tensors)]
+            if placed:
+                self._watched(seen, *self._with(static, args, kwargs))
+                self._undo(first, seen)
+                why = _refused(seen)
+                if why is None and any(seen.wrote(buffers[i]) for i in sent):
+                    why = "the call writes to an argument on the host"
+                if why is not None:
+                    return Outcome(refusal=why, cannot=True)
+            return self._record(args, kwargs, static, buffers, first, seen, pure, expected)
+        except CALL_ERRORS as error:
+            crossing = f"; it takes host memory to the device: {seen.said(seen.crosses)}" if seen.crosses is not None else ""
+            return Outcome(refusal=f"capture failed: {first_line(error)}{crossing}", cannot=True)
+        finally:
+            self._undo(first, seen)
+
+    def _record(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        static: list[torch.Tensor],
+        buffers: dict[int, torch.Tensor],
+        first: WriteWatch,
+        watch: WriteWatch,
+        pure: bool,
+        expected: list[Any] | None,
+    ) -> Outcome:
+        recorder, kind = self._recorder, self._kind
+        start = time.monotonic()
+        static_args, static_kwargs = self._with(static, args, kwargs)
+
+        def recorded() -> Any:
+            return self._plain(*static_args, **static_kwargs)
+
+        # Compiles on the caller's stream.
+        recorded()
+        self._undo(watch)
+        recorder.warm_up(recorded, self._manager.num_warmup_calls)
+        self._undo(watch)
+        recording = recorder.record(recorded)
+        self._manager.statistics["captures"] += 1
+        graph = Graph(recording, recorder, self._call, static, buffers, kind.by_value, watch, pure=pure)
+        self._undo(watch)
+        if expected is not None:
+            found = [*tree_leaves(graph.run(self._call.tensors)), *first.written()]
+            if len(found) != len(expected) or not all(map(_same, found, expected)):
+                return Outcome(refusal="its outputs are other bits when what is on the host is on the device", cannot=True)
+            self._undo(watch)
+        return self._timed(graph, args, kwargs, watch, start)
+
+    def _timed(self, graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any], watch: WriteWatch, start: float) -> Outcome:
+        kind, terms, manager = self._kind, self._manager.terms, self._manager
+        timed = self._recorder.compare(
+            lambda: self._plain(*args, **kwargs),
+            lambda: self._rehearse(kind, graph, args, kwargs),
+            watch.restore,
+            terms.min_speedup,
+        )
+        copies = bool(self._staged)
+        if not copies:
+            kind.in_place_ms = timed.replay_ms
+        graph.copies_cost = copies and kind.in_place_ms is not None and timed.replay_ms > kind.in_place_ms * terms.min_speedup
+        analysis = WorkloadAnalysis.of(kind.row["inputs"], kind.row["num_calls"], timed)
+        analysis.copied_bytes, analysis.pool_bytes, analysis.held_bytes = graph.copied_bytes, graph.pool_bytes, graph.held_bytes
+        if graph.buffers:
+            samples = [self._recorder.milliseconds(lambda: graph.fill(self._call.tensors)) for _ in range(_COPY_SAMPLES)]
+            analysis.copy_ms = median(samples)
+        analysis.num_written, analysis.num_operations = watch.num_written, watch.num_operations
+        analysis.capture_s = time.monotonic() - start
+        keep, reason = timed.verdict(terms.min_speedup)
+        if keep and not terms.repays(analysis.capture_s, analysis.saved_ms):
+            keep, reason = False, f"{reason}; {terms.payback_calls} calls would not repay {analysis.capture_s:.2f} s of capture"
+        reason = f"replay is {'kept' if keep else 'not kept'}: {reason}"
+        if keep:
+            no_room = manager.keep(kind, graph)
+            keep, reason = (True, reason) if no_room is None else (False, no_room)
+        manager.decide({**analysis.row(), "captured": keep, "reason": reason}, kind)
+        if not keep and copies:
+            # What copies cost is no reason against a graph for one address.
+            kind.copies_refused = True
+            return Outcome()
+        return Outcome(graph if keep else None, refusal=None if keep else reason, timed=True)
+
+    def _new_watch(self) -> WriteWatch:
+        return WriteWatch(self._recorder.device.type, is_elsewhere=self._recorder.is_elsewhere, model=self._model)
+
+    def _watched(self, watch: WriteWatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for index in self._writes:
+            watch.will_write(describe(args, kwargs).tensors[index])
+        with torch.compiler.set_stance("force_eager"), watch:
+            return self._plain(*args, **kwargs)
+
+    def _with(self, static: list[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        leaves = iter(static)
+        return rebuild(args, leaves), rebuild(kwargs, leaves)
+
+    def _outcome_of(self, args: tuple[Any, ...], kwargs: dict[str, Any], first: WriteWatch) -> list[Any]:
+        """What the plain call returns and writes: copies."""
+        leaves = [*tree_leaves(self._plain(*args, **kwargs)), *first.written()]
+        copies = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        self._undo(first)
+        return copies
+
+    def _undo(self, *watches: WriteWatch) -> None:
+        for watch in watches:
+            watch.restore()
+        self._recorder.set_rng_state(self._rng)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _refused(watch: WriteWatch) -> str | None:
+    if watch.waits_for is not None:
+        return f"the call waits for a value of the device: {watch.said(watch.waits_for)}"
+    if watch.on_host is not None:
+        return f"the call computes on the host from memory that may change: {watch.said(watch.on_host)}"
+    return None
+
+
+def _buffer_like(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides, so that it is served by the same kernels."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def _same(found: Any, expected: Any) -> bool:
+    if isinstance(found, torch.Tensor) and isinstance(expected, torch.Tensor):
+        return found.device == expected.device and same_bits(found, expected)
+    return type(found) is type(expected)
