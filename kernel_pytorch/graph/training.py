@@ -71,12 +71,12 @@ class GraphedTrainStep:
     time over replay time, at least; None is the strategy's own.
 
     The first call is a plain step, in which the optimizer makes its state. The second call with the same shapes and settings (the
-    fifth, if conservative) runs the step several times to warm up, record and time it, on weights, buffers, optimizer state and random state that are put back
-    bit for bit in between; it needs a copy of those for that time. Calls of other shapes (an epoch's last batch), in eval mode or
-    under other modes are plain steps, and the graph is kept. It is dropped, and recorded again once two calls in a row agree, when
-    a parameter or the optimizer's state was replaced or a value of the optimizer changed that is a constant in the graph: a
-    learning rate that is a float. A rate that is a tensor on the device is read by every replay. `decisions` says what was chosen
-    and why.
+    fifth, if conservative) runs the step several times to warm up, record and time it, on weights, buffers, optimizer state and
+    random state that are put back bit for bit in between; it needs a copy of those for that time. Calls of other shapes (an epoch's
+    last batch), in eval mode or under other modes are plain steps, and the graph is kept. It is dropped, and recorded again once
+    two calls in a row agree, when a parameter or the optimizer's state was replaced or a value of the optimizer changed that is a
+    constant in the graph: a learning rate that is a float. A rate that is a tensor on the device is read by every replay.
+    `decisions` says what was chosen and why.
 
     Not seen: what loss_fn and after_backward do in Python, and hooks added after the capture. A GradScaler has no place here; bf16
     needs none. One model on one device, one thread.

@@ -16,9 +16,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from kernel_pytorch.choices import GraphDeploymentStrategy
 from kernel_pytorch.errors import UnsupportedOperationError
 from kernel_pytorch.graph.optimizer_state import refusal
-from kernel_pytorch.graph.recorder import Comparison, Recorder, Recording
+from kernel_pytorch.graph.recorder import Recorder, Recording
+from kernel_pytorch.graph.timing import Comparison
 from kernel_pytorch.graph.training import GraphedTrainStep
 
 
@@ -48,7 +50,7 @@ class Rerun(Recorder):
 
         return Recording(output, replay)
 
-    def compare(self, plain: Callable[[], Any], replay: Callable[[], Any], undo: Callable[[], None]) -> Comparison:
+    def compare(self, plain: Callable[[], Any], replay: Callable[[], Any], undo: Callable[[], None], margin: float = 1.0) -> Comparison:
         for call in (plain, replay, replay):
             call()
             undo()
@@ -103,7 +105,8 @@ class Pair:
         self.plain_optimizer, self.optimizer = make(self.plain.parameters()), make(self.model.parameters())
         self.recorder = recorder or Rerun()
         after = (lambda: self.after(self.model)) if self.after else None
-        self.step = GraphedTrainStep(self.model, self.optimizer, loss, after_backward=after, recorder=self.recorder)
+        strategy = options.get("strategy", GraphDeploymentStrategy.balanced)
+        self.step = GraphedTrainStep(self.model, self.optimizer, loss, after_backward=after, strategy=strategy, recorder=self.recorder)
         self.states = [torch.Generator().manual_seed(7).get_state()] * 2
 
     def both(self, change: Callable[[nn.Module, torch.optim.Optimizer], Any]) -> None:
@@ -157,7 +160,18 @@ def test_a_graph_that_is_not_faster_is_not_kept_and_leaves_no_trace(name: str) -
     pair = Pair(OPTIMIZERS[name], Rerun(plain_ms=1.0))
     pair.assert_equal(range(4))
     assert pair.recorder.num_replays == 0
-    assert pair.reasons == ["replay is not kept: 1.000 times the plain step's speed, 1.02 asked for"]
+    assert pair.reasons == ["replay is not kept: 1.000 times the plain call's speed; 1.02 asked for"]
+
+
+def test_a_strategy_says_when_and_by_how_much() -> None:
+    pair = Pair(OPTIMIZERS["momentum"], Rerun(plain_ms=1.05), strategy=GraphDeploymentStrategy.conservative)
+    pair.assert_equal(range(4))
+    assert pair.reasons == []
+    pair.assert_equal(range(4, 6))
+    assert pair.reasons == ["replay is not kept: 1.050 times the plain call's speed; 1.1 asked for"]
+    pair = Pair(OPTIMIZERS["momentum"], Rerun(plain_ms=1.0), strategy=GraphDeploymentStrategy.aggressive)
+    pair.assert_equal(range(4))
+    assert pair.recorder.num_replays == 3
 
 
 def test_a_failed_capture_leaves_no_trace() -> None:
