@@ -121,15 +121,18 @@ def eight_bits(on: GpuTarget, config: skinny_w8a16.Config, *, format: str, block
 
 def four_bits(on: GpuTarget, config: skinny_w4a16.Config, *, m: int = 8, k: int = 4096, dtype: str = "bf16") -> Build:
     """NVIDIA's kernel. m: rows of x. k: in features."""
+    config = skinny_w4a16.runnable(config, on.gpu)
     steps, split, even = config.steps(k)
-    constants: dict[str, Constant] = {"HAS_BIAS": True, "PARTIAL": split > 1, "EVEN": even, "HALF": dtype == "fp16", "STEPS": steps}
+    programs = split if config.cluster else 1
+    partial = split > programs
+    constants: dict[str, Constant] = {"HAS_BIAS": True, "PARTIAL": partial, "EVEN": even, "HALF": dtype == "fp16", "STEPS": steps}
     constants |= {"ROWS": config.tiles, "COLUMNS": skinny_w4a16.groups(m), "WARPS": config.num_warps, "WARPS_N": config.warps_n}
     constants |= {"DEPTH": min(config.depth, steps), "DEPTH_X": min(config.depth_x, steps - 1)}
-    constants["OVERLAP"] = config.overlap and on.gpu.dependent_launch
-    options: dict[str, Constant] = {"num_warps": config.num_warps}
+    constants |= {"OVERLAP": config.overlap, "CLUSTER": programs, "LOOP": config.loop}
+    options: dict[str, Constant] = {"num_warps": config.num_warps, "num_ctas": programs}
     if config.registers:
         options["maxnreg"] = config.registers
-    types = {"x_ptr": "*i32", **_FOUR_BITS, "out_ptr": "*fp32" if split > 1 else f"*{dtype}"}
+    types = {"x_ptr": "*i32", **_FOUR_BITS, "out_ptr": "*fp32" if partial else f"*{dtype}"}
     return _build(skinny_w4a16_fragment.tile, constants, options, types, "*fp32")
 
 

@@ -10,7 +10,7 @@ N out features, K in features, M rows. A tile is 16 rows of the weight, a chunk 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +57,9 @@ _sum_splits: Any = split_k_jit.sum_splits
 class Config:
     """Of the NVIDIA kernel. tiles: of 16 rows, a warp. num_warps: of them warps_n have rows of their own, the others share K. depth,
     depth_x: steps whose weights and x are asked for ahead. split: programs that share K. registers: a lane may use, 0 for the
-    compiler's choice. overlap: the next kernel may start and ask for its weights before this one ends (programmatic dependent launch)."""
+    compiler's choice. overlap: the next kernel may start and ask for its weights before this one ends (programmatic dependent launch).
+    cluster: the programs that share K, 2, 4 or 8, sum in one another's shared memory; otherwise a second kernel sums.
+    loop: the steps are a loop; otherwise written out one after another."""
 
     tiles: int
     num_warps: int
@@ -67,12 +69,14 @@ class Config:
     split: int = 1
     registers: int = 0
     overlap: bool = True
+    cluster: bool = False
+    loop: bool = False
 
     def steps(self, k: int) -> tuple[int, int, bool]:
         """Steps a warp takes over K, programs that share it, and whether all take as many."""
         pairs, warps = -(-k // PAIR), self.num_warps // self.warps_n
         steps = -(-pairs // (self.split * warps))
-        split = -(-pairs // (steps * warps))
+        split = self.split if self.cluster else -(-pairs // (steps * warps))
         return steps, split, pairs == split * steps * warps
 
 
@@ -215,6 +219,12 @@ def choose(m: int, n: int, k: int, on: Device) -> Config:
     return Config(tiles, 4, 4, depth, ahead, split, registers, on.dependent_launch)
 
 
+def runnable(config: Config, on: Device) -> Config:
+    """The configuration less what the GPU or this Triton lacks: clusters and dependent launches both came with sm_90."""
+    clusters = on.dependent_launch and fragment is not None and fragment.CLUSTERS
+    return replace(config, overlap=config.overlap and on.dependent_launch, cluster=config.cluster and clusters and config.split > 1)
+
+
 def launch(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, config: Config, out: torch.Tensor | None = None) -> torch.Tensor:
     """The operator on x [M, K] contiguous with this configuration, into out [M, N] where given."""
     m, k = x.shape
@@ -234,14 +244,16 @@ def launch(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, config: C
         x = F.pad(x, (0, -k % PAIR))
     elif x.data_ptr() % 16:
         x = x.clone()
-    overlap = config.overlap and device(x.device.index).dependent_launch
+    config = runnable(config, device(x.device.index))
     steps, split, even = config.steps(k)
-    target = x.new_empty((split, m, n), dtype=torch.float32) if split > 1 else out
+    programs = split if config.cluster else 1
+    partial = split > programs
+    target = x.new_empty((split, m, n), dtype=torch.float32) if partial else out
     columns = groups(m)
-    extra = {"launch_pdl": True} if overlap else {}
+    extra = {"launch_pdl": True} if config.overlap else {}
     registers = {"maxnreg": config.registers} if config.registers else {}
     kernel: Any = fragment.tile
-    kernel[(-(-tiles // (config.tiles * config.warps_n)), split, -(-m // (8 * columns)))](
+    kernel[(-(-tiles // (config.tiles * config.warps_n)), split // programs, -(-m // (8 * columns)))](
         x.view(torch.int32),
         *packed,
         bias_or_any,
@@ -252,7 +264,7 @@ def launch(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, config: C
         tiles,
         pairs,
         HAS_BIAS=bias is not None,
-        PARTIAL=split > 1,
+        PARTIAL=partial,
         EVEN=even,
         HALF=x.dtype == torch.float16,
         STEPS=steps,
@@ -262,14 +274,17 @@ def launch(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, config: C
         WARPS_N=config.warps_n,
         DEPTH=min(config.depth, steps),
         DEPTH_X=min(config.depth_x, steps - 1),
-        OVERLAP=overlap,
+        OVERLAP=config.overlap,
+        CLUSTER=programs,
+        LOOP=config.loop,
         num_warps=config.num_warps,
+        num_ctas=programs,
         **registers,
         **extra,
     )
-    if split > 1:
+    if partial:
         scales = (packed.channel, packed.channel, bias_or_any)
-        flags = {"HAS_BIAS": bias is not None, "HAS_ROW_SCALE": False, "PDL": overlap}
+        flags = {"HAS_BIAS": bias is not None, "HAS_ROW_SCALE": False, "PDL": config.overlap}
         _sum_splits[(-(-n // 512), m)](target, *scales, out, m, n, SPLIT=split, BLOCK=512, **flags, **extra)
     return out
 

@@ -17,8 +17,10 @@ Stored = tuple[torch.Tensor, ...]
 def candidates(m: int, n: int, k: int, device: torch.device) -> list[Config]:
     on = op.device(device.index)
     pairs, tiles, wide = -(-k // op.PAIR), -(-n // op.TILE), op.groups(m)
+    # Where programs can meet in a cluster, no second kernel sums.
+    clusters = op.runnable(Config(1, 4, 4, 1, split=2, cluster=True), on).cluster
     found = [
-        Config(rows, warps, warps_n, depth, 1 if wide == 1 else 0, split, registers, on.dependent_launch)
+        Config(rows, warps, warps_n, depth, 1 if wide == 1 else 0, split, registers, on.dependent_launch, clusters and split > 1)
         for rows, warps, warps_n in (
             (1, 4, 1),
             (1, 4, 2),
@@ -26,6 +28,7 @@ def candidates(m: int, n: int, k: int, device: torch.device) -> list[Config]:
             (2, 4, 2),
             (1, 4, 4),
             (2, 4, 4),
+            (1, 8, 1),
             (1, 8, 4),
             (1, 8, 8),
             (1, 8, 2),
@@ -57,7 +60,7 @@ def neighbours(config: Config, m: int, n: int, k: int, device: torch.device) -> 
 
 def variant(config: Config, m: int, n: int, k: int) -> Hashable:
     steps, split, even = config.steps(k)
-    return op.groups(m), replace(config, split=min(split, 2)), steps, even
+    return op.groups(m), replace(config, split=split if config.cluster else min(split, 2)), steps, even
 
 
 def store(weight: torch.Tensor) -> Stored:

@@ -21,6 +21,7 @@ from kernel_pytorch.schema import WeightConfig
 
 FORMATS = tuple(op.BLOCK)
 H100 = op.Device("NVIDIA H100 80GB HBM3", 132, 232448, True, True, True)
+CLUSTERS = (op.Config(1, 4, 4, 1, split=8, cluster=True), op.Config(2, 4, 2, 1, split=2, cluster=True))
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
@@ -151,6 +152,30 @@ def test_no_weight_crosses_a_lane():
     assert loop.count("mma.sync") == 31
 
 
+@pytest.mark.parametrize(
+    ("m", "config", "sent"), [(8, op.Config(1, 4, 4, 1, split=8, cluster=True), 1), (32, op.Config(2, 4, 4, 1, split=4, cluster=True), 8)]
+)
+def test_programs_of_a_cluster_sum_in_shared_memory(m, config, sent):
+    """Each of a warp's groups of 16 x 8 sums is sent to the one program that adds it; nothing is written for a second kernel."""
+    build = builds.four_bits(GPU_TARGETS["sm_90"], config, m=m)
+    assert (build.constants["CLUSTER"], build.constants["PARTIAL"], build.options["num_ctas"]) == (config.split, False, config.split)
+    ptx = compiler_for("sm_90").compile(build).assembly
+    assert ptx.count("st.shared::cluster.v4.f32") == sent
+    own = -(-sent // config.split)
+    assert ptx.count("ld.shared.v4.f32") >= own * config.split
+    # One arrival at the start, one after the sums are sent; each is waited for.
+    assert (ptx.count("barrier.cluster.arrive"), ptx.count("barrier.cluster.wait")) == (2, 2)
+
+
+def test_a_cluster_is_left_out_where_the_gpu_has_none():
+    config = op.Config(1, 4, 4, 1, split=8, cluster=True)
+    assert op.runnable(config, H100).cluster
+    assert op.runnable(config, GPU_TARGETS["sm_80"].gpu) == op.Config(1, 4, 4, 1, split=8, overlap=False)
+    # A cluster has as many programs as it is told, also where some of them have no columns.
+    assert config.steps(640) == (1, 8, False)
+    assert op.Config(1, 4, 4, 1, split=8).steps(640) == (1, 5, True)
+
+
 def interpreted_cases() -> None:
     """Runs in a process with Triton's interpreter: prints one line a case."""
     for fmt in FORMATS:
@@ -185,7 +210,7 @@ class TestOnGpu:
     def test_meets_the_budget_and_writes_every_element(self, shape, fmt, dtype):
         x, packed, values, bias = make(*shape, fmt, dtype, "cuda")
         chosen = op.choose(shape[0], shape[1], shape[2], op.device(0))
-        for config in (chosen, op.Config(2, 4, 2, 2, 0, split=3), op.Config(1, 8, 1, 1, 1), op.Config(1, 4, 4, 2)):
+        for config in (chosen, op.Config(2, 4, 2, 2, 0, split=3), op.Config(1, 8, 1, 1, 1), op.Config(1, 4, 4, 2), *CLUSTERS):
             if config is chosen or shape[0] * shape[1] < 2**18:
                 actual = op.launch(x, packed, bias, config, x.new_full((shape[0], shape[1]), float("nan")))
                 assert torch.isfinite(actual).all()
