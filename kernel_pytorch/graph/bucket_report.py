@@ -6,10 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Size
-
 from kernel_pytorch.graph.buckets import FALLBACK_TILE, Buckets
-from kernel_pytorch.graph.padding import Found
 from kernel_pytorch.graph.padding_check import Passed
 from kernel_pytorch.schema import BucketingConfig
 
@@ -46,13 +43,12 @@ class BucketReport:
             self.values["buckets"].append(found)
         return found
 
-    def call(self, row: dict[str, Any], found: Found, targets: Mapping[str, int]) -> None:
-        """One call that was run in a bucket."""
-        real = sum(tensor.numel() for tensor in found.tensors)
+    def call(self, row: dict[str, Any], num_real: int, num_padded: int) -> None:
+        """One call that was run in a bucket. num_real, num_padded: elements of its declared arguments, before and after."""
         row["num_calls"] += 1
-        row["num_exact_calls"] += found.sizes == targets
-        row["real_elements"] += real
-        row["padding_elements"] += sum(Size(found.shape(index, targets)).numel() for index in range(len(found.tensors))) - real
+        row["num_exact_calls"] += num_real == num_padded
+        row["real_elements"] += num_real
+        row["padding_elements"] += num_padded - num_real
         row["waste"] = row["padding_elements"] / row["real_elements"]
 
     def checked(self, row: dict[str, Any], passed: Passed) -> None:

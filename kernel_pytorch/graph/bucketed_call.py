@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,17 +14,20 @@ from torch import nn
 from kernel_pytorch.cache import LRUCache
 from kernel_pytorch.graph.bucket_report import BucketReport, num_compilations
 from kernel_pytorch.graph.buckets import make_buckets
-from kernel_pytorch.graph.padding import Declarations, Found, StaticInputs, signature
-from kernel_pytorch.graph.padding_check import Passed, check_padding
+from kernel_pytorch.graph.padding import Declarations, Found, StaticInputs, form, signature
+from kernel_pytorch.graph.padding_check import Passed, check_padding, types_computed_in
 from kernel_pytorch.graph.state import ModuleGuard, WriteWatch, python_state
-from kernel_pytorch.graph.unpadding import Outputs, cut_leaf
+from kernel_pytorch.graph.unpadding import Cut, Outputs, cut_leaf
 from kernel_pytorch.schema import BucketingConfig
 
 # Kinds of calls that differ in more than the declared dims; the least recently used one is forgotten with its buffers.
 _MAX_FAMILIES = 64
+# Forms of calls, sizes included, whose way is remembered.
+_MAX_ROUTES = 1024
 # A check costs up to a dozen calls: a model that changed is left alone until it was the same for as many.
 _CALLS_OF_A_CHECK = 12
 _MAX_TRIES = 2
+_version = attrgetter("_version")
 
 
 @dataclass
@@ -45,6 +49,18 @@ class _Family:
     num_tries: int = 0
 
 
+@dataclass
+class _Route:
+    """Where calls of one form go. found: the declared tensors of the first of them. num_real, num_padded: their elements."""
+
+    found: Found
+    family: _Family
+    bucket: _Bucket
+    exact: bool
+    num_real: int
+    num_padded: int
+
+
 class BucketedCall:
     """Pads the declared dims of a call to a bucket's sizes, calls `inner`, and cuts every output dim that follows a declared
     one. With graphs inside, that is one graph a bucket instead of one a size.
@@ -60,7 +76,7 @@ class BucketedCall:
 
     inner: what runs padded calls. plain: the same function, of any size, without state of its own; None is `inner`.
     model: whose signature the declarations are of. tile: see make_buckets. static_inputs: padded arguments are always in the
-    same memory, as graphs want them. num_captures: graphs recorded by `inner` so far."""
+    same memory, as graphs want them. num_captures: graphs recorded by `inner` so far. busy: someone else captures now."""
 
     def __init__(
         self,
@@ -73,12 +89,14 @@ class BucketedCall:
         tile: int | None = None,
         static_inputs: bool = False,
         num_captures: Callable[[], int] = lambda: 0,
+        busy: Callable[[], bool] = lambda: False,
     ) -> None:
         self._model, self._inner, self._plain = model, inner, plain or inner
-        self._static_inputs, self._num_captures = static_inputs, num_captures
+        self._static_inputs, self._num_captures, self._busy = static_inputs, num_captures, busy
         self._declarations = Declarations(model.forward, dynamic_dims)
         self._buckets = {name: make_buckets(bucketing, tile) for name in self._declarations.size_names}
         self._families: LRUCache[Hashable, _Family] = LRUCache(_MAX_FAMILIES)
+        self._routes: dict[Hashable, _Route | str] = {}
         self._lock = threading.Lock()
         self._stream: torch.cuda.Stream | None = None
         self._watch_model()
@@ -100,45 +118,82 @@ class BucketedCall:
             self._lock.release()
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        why = self._straight_through()
+        if why is not None:
+            return self._straight(why, args, kwargs)
+        key = form(args, kwargs)
+        route = None if key is None else self._routes.get(key)
+        if route is None:
+            route = self._route(args, kwargs)
+            if key is not None:
+                if len(self._routes) >= _MAX_ROUTES:
+                    self._routes.clear()
+                self._routes[key] = route
+        if isinstance(route, str):
+            return self._straight(route, args, kwargs)
+        if self._observe(route.found):
+            return self._call(args, kwargs)
+        if route.family.refusal is not None and not route.exact:
+            return self._straight(route.family.refusal, args, kwargs)
+        found = route.found.again(args, kwargs)
+        if route.bucket.passed is None and not route.exact:
+            return self._first(route.family, route.bucket, found, args, kwargs)
+        return self._run(route, found, args, kwargs)
+
+    def _route(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Route | str:
+        """Where a call goes; or why it goes straight through."""
         found = self._declarations.find(args, kwargs)
-        why = found if isinstance(found, str) else self._straight_through(found)
-        if isinstance(found, str) or why is not None:
-            return self._straight(why or "", args, kwargs)
-        targets = self._targets(found)
-        if targets is None:
-            return self._straight("larger than the last bucket", args, kwargs)
+        if isinstance(found, str):
+            return found
+        targets: dict[str, int] = {}
+        for name, size in found.sizes.items():
+            bucket_size = self._buckets[name].bucket_of(size)
+            if bucket_size is None:
+                return "larger than the last bucket"
+            targets[name] = bucket_size
         key = signature(args, kwargs, found)
         if key is None:
-            return self._straight("an argument is an object, what a padded call does to which could not be undone", args, kwargs)
+            return "an argument is an object, what a padded call does to which could not be undone"
         family = self._families.get_or_make(key, _Family)
-        exact = targets == found.sizes
-        if family.refusal is not None and not exact:
-            return self._straight(family.refusal, args, kwargs)
         bucket = family.buckets.get(tuple(targets.values()))
         if bucket is None:
             bucket = family.buckets[tuple(targets.values())] = _Bucket(targets, self._report.row(targets))
-        if bucket.passed is None and not exact:
-            return self._first(family, bucket, found, args, kwargs)
-        return self._run(bucket, found, args, kwargs)
+        real, padded = found.num_elements(found.sizes), found.num_elements(targets)
+        # Kept for the places alone: a tensor would stay as long.
+        places = Found([], found.where, found.dims, found.values, found.kept, found.sizes)
+        return _Route(places, family, bucket, targets == found.sizes, real, padded)
 
-    def _straight_through(self, found: Found) -> str | None:
+    def _observe(self, found: Found) -> bool:
+        """Counts a call for buckets that are fitted; whether they are others now."""
+        changed = [name for name, size in found.sizes.items() if self._buckets[name].observe(size)]
+        for name in changed:
+            self.report["sizes"][name] = list(self._buckets[name].sizes)
+            # Smaller sizes than were checked may go to a bucket now.
+            self._forget_checks()
+        return bool(changed)
+
+    def _straight_through(self) -> str | None:
         if torch.is_grad_enabled():
             return "gradients are enabled"
-        if found.tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        if self._busy():
             return "the call is being captured by someone else"
         if self._guard.has_hooks():
             return "a module has a forward hook, which would see padding"
-        if self._guard.broken() is not None or self._num_writes() != self._writes:
-            self._watch_model()
-            self._forget_checks()
-            self._settling = self._num_calls_unchanged < _CALLS_OF_A_CHECK
-            self._num_calls_unchanged = 0
+        if self._guard.broken() is not None or (self._settling and self._num_writes() != self._writes):
+            self._model_changed()
         self._num_calls_unchanged += 1
         self._settling = self._settling and self._num_calls_unchanged < _CALLS_OF_A_CHECK
         return "the model changes from call to call" if self._settling else None
 
+    def _model_changed(self) -> None:
+        self._watch_model()
+        self._forget_checks()
+        self._settling = self._num_calls_unchanged < _CALLS_OF_A_CHECK
+        self._num_calls_unchanged = 0
+
     def _forget_checks(self) -> None:
         """Buckets that are still there keep their memory, whose addresses graphs know."""
+        self._routes.clear()
         keys = self._families.keys()
         for family in map(self._families.get, keys):
             if family is not None:
@@ -157,20 +212,6 @@ class BucketedCall:
 
     def _num_writes(self) -> int:
         return sum(map(_version, self._tensors))
-
-    def _targets(self, found: Found) -> dict[str, int] | None:
-        targets: dict[str, int] = {}
-        for name, size in found.sizes.items():
-            buckets = self._buckets[name]
-            if buckets.observe(size):
-                self.report["sizes"][name] = list(buckets.sizes)
-                # Smaller sizes than were checked may go to a bucket now.
-                self._forget_checks()
-            bucket = buckets.bucket_of(size)
-            if bucket is None:
-                return None
-            targets[name] = bucket
-        return targets
 
     def _first(self, family: _Family, bucket: _Bucket, found: Found, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answers with the plain call, and checks padding beside it."""
@@ -208,10 +249,7 @@ class BucketedCall:
             new_args, new_kwargs = found.replace(args, kwargs, tensors)
             return self._plain(*new_args, **new_kwargs)
 
-        device = found.tensors[0].device.type
-        types = {parameter.dtype for parameter in self._model.parameters() if parameter.is_floating_point()}
-        if torch.is_autocast_enabled(device):
-            types.add(torch.get_autocast_dtype(device))
+        types = types_computed_in(self._model, found.tensors[0].device)
         smallest = {name: self._buckets[name].smallest_of(target) for name, target in bucket.targets.items()}
         outcome = check_padding(run, found, result, bucket.targets, smallest, types)
         if isinstance(outcome, str):
@@ -221,25 +259,32 @@ class BucketedCall:
         bucket.row.pop("refused", None)
         self._report.checked(bucket.row, outcome)
 
-    def _run(self, bucket: _Bucket, found: Found, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tensors = self._inputs(bucket, found)
+    def _run(self, route: _Route, found: Found, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bucket, row = route.bucket, route.bucket.row
+        tensors = self._inputs(bucket, found, route.exact)
         captures, compilations = self._num_captures(), num_compilations()
         new_args, new_kwargs = (args, kwargs) if tensors is found.tensors else found.replace(args, kwargs, tensors)
         result = self._inner(*new_args, **new_kwargs)
-        bucket.row["captures"] += self._num_captures() - captures
-        bucket.row["compilations"] += num_compilations() - compilations
-        if tensors is found.tensors:
-            self._report.call(bucket.row, found, bucket.targets)
-            return result
-        outputs = Outputs(result)
-        if bucket.passed is None or outputs.shapes() != bucket.passed.shapes:
-            # Python attributes decide on the output, and are not watched: what was checked is another function.
-            bucket.passed = None
-            return self._straight("the output is not shaped as it was when padding was checked", args, kwargs)
-        self._report.call(bucket.row, found, bucket.targets)
-        static = {t.untyped_storage()._cdata for t in tensors} if self._static_inputs else set()
+        row["captures"] += self._num_captures() - captures
+        row["compilations"] += num_compilations() - compilations
+        if tensors is not found.tensors:
+            # Looked at here, while a device may still compute: a call that was checked to write nothing does no harm.
+            if self._num_writes() != self._writes:
+                self._model_changed()
+                return self._call(args, kwargs)
+            outputs = Outputs(result)
+            if bucket.passed is None or outputs.shapes() != bucket.passed.shapes:
+                # Python attributes decide on the output, and are not watched: what was checked is another function.
+                bucket.passed = None
+                return self._straight("the output is not shaped as it was when padding was checked", args, kwargs)
+            result = self._cut(outputs, bucket.passed.cuts, found, tensors)
+        self._report.call(row, route.num_real, route.num_padded)
+        return result
+
+    def _cut(self, outputs: Outputs, cuts: list[Cut], found: Found, tensors: list[torch.Tensor]) -> Any:
+        static = {tensor.untyped_storage()._cdata for tensor in tensors} if self._static_inputs else set()
         leaves = []
-        for leaf, cut in zip(outputs.leaves, bucket.passed.cuts, strict=True):
+        for leaf, cut in zip(outputs.leaves, cuts, strict=True):
             given = next((mine for mine, padded in zip(found.tensors, tensors, strict=True) if leaf is padded), None)
             if given is not None or not isinstance(leaf, torch.Tensor):
                 leaves.append(leaf if given is None else given)
@@ -250,9 +295,8 @@ class BucketedCall:
             leaves.append(part.clone() if copied else part)
         return outputs.rebuilt(leaves)
 
-    def _inputs(self, bucket: _Bucket, found: Found) -> list[torch.Tensor]:
+    def _inputs(self, bucket: _Bucket, found: Found, exact: bool) -> list[torch.Tensor]:
         """The caller's own tensors where they fit; in static memory only when it was checked that the call does not write to them."""
-        exact = found.sizes == bucket.targets
         if exact and (bucket.passed is None or not self._static_inputs):
             return found.tensors
         if not self._static_inputs:
@@ -272,10 +316,6 @@ class BucketedCall:
     def _straight(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._report.straight(reason)
         return self._plain(*args, **kwargs)
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return tensor._version
 
 
 def _rng_state(device: torch.device) -> torch.Tensor:

@@ -6,6 +6,7 @@ padding is filled with and what the model relies on, as a mask does; without it 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from kernel_pytorch.errors import NoEffectError
-from kernel_pytorch.graph.inputs import is_plain
+from kernel_pytorch.graph.inputs import is_plain, value_key
 from kernel_pytorch.schema import DYNAMIC_DIM
 
 # Name of the size of dims that are declared without one.
@@ -35,7 +36,7 @@ class Argument:
     relied_on: bool
 
 
-@dataclass(frozen=True)
+@dataclass
 class Found:
     """The declared tensors of one call. where: position or keyword of each. dims: of each, non-negative dim -> name of its
     size. kept: the value of its padding must stay. sizes: elements by name."""
@@ -46,6 +47,15 @@ class Found:
     values: list[float]
     kept: list[bool]
     sizes: dict[str, int]
+
+    def again(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Found:
+        """The same places of another call of the same shapes."""
+        tensors = [args[where] if isinstance(where, int) else kwargs[where] for where in self.where]
+        return Found(tensors, self.where, self.dims, self.values, self.kept, self.sizes)
+
+    def num_elements(self, targets: Mapping[str, int]) -> int:
+        """Of all declared tensors, when their dynamic dims are as in `targets`."""
+        return sum(math.prod(self.shape(index, targets)) for index in range(len(self.tensors)))
 
     def replace(self, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
         """The call's arguments with `tensors` in place of the declared ones."""
@@ -143,17 +153,28 @@ class Declarations:
         return "a declared dim has no elements" if 0 in found.sizes.values() else found
 
 
+def form(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable | None:
+    """What a call's arguments are, but for the elements of tensors, in a few microseconds; None for containers and objects."""
+    parts = list[Hashable](kwargs)
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            parts.append((type(value), value.shape, value.dtype, value.device, value.layout))
+        elif isinstance(value, BY_VALUE):
+            parts.append(value_key(value))
+        else:
+            return None
+    return tuple(parts)
+
+
 def signature(args: Sequence[Any], kwargs: Mapping[str, Any], found: Found) -> Hashable | None:
     """What must be equal for two calls to differ in their dynamic dims only; None when an argument is an object that nothing
     is known of, such as a KV cache: what a padded call does to it could not be undone."""
     names = {name: name for name in found.sizes}
-    dynamic = [("dynamic", found.shape(index, names), tensor.dtype, tensor.device) for index, tensor in enumerate(found.tensors)]
+    dynamic = [(found.shape(index, names), tensor.dtype, tensor.device) for index, tensor in enumerate(found.tensors)]
     parts = list[Hashable]()
     new_args, new_kwargs = found.replace(args, kwargs, dynamic)
-    for value in (*new_args, *(item for pair in sorted(new_kwargs.items()) for item in pair)):
-        if not _describe(value, parts):
-            return None
-    return tuple(parts)
+    described = all(_describe(value, parts) for value in (new_args, dict(sorted(new_kwargs.items()))))
+    return tuple(parts) if described else None
 
 
 def _describe(value: Any, parts: list[Hashable]) -> bool:
@@ -163,8 +184,10 @@ def _describe(value: Any, parts: list[Hashable]) -> bool:
     if type(value) in (list, dict) or isinstance(value, tuple):
         parts.append((type(value), len(value)))
         return all(_describe(item, parts) for item in ([*value.keys(), *value.values()] if type(value) is dict else value))
-    parts.append((type(value), value))
-    return isinstance(value, BY_VALUE)
+    if not isinstance(value, BY_VALUE):
+        return False
+    parts.append(value_key(value))
+    return True
 
 
 def _name(argument: str, parameters: Mapping[str, inspect.Parameter]) -> str:

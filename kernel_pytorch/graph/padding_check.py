@@ -8,20 +8,33 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from kernel_pytorch.graph.inputs import holds_tensors
 from kernel_pytorch.graph.padding import BY_VALUE, Found
 from kernel_pytorch.graph.unpadding import Cut, Outputs, cut_leaf, following, merged
 
-# Relative L2 error of one position that rounding in another order explains, by the least precise type computed in. float32
-# may be TF32, with 10 bits as float16 has.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# Relative L2 error of one position that rounding in another order explains, by the least precise type computed in.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # Of a model whose own two runs differ: how much more than that other padding may change.
 _NOISE_MARGIN = 4.0
+Run = Callable[[Sequence[torch.Tensor]], Any]
 # Positions with less than this part of the mean norm are judged by the mean: their own is rounding.
 _SMALL_NORM = 0.1
 
-Run = Callable[[Sequence[torch.Tensor]], Any]
+
+def types_computed_in(model: nn.Module, device: torch.device) -> set[torch.dtype]:
+    """Floating point types that a model's results are rounded to on the way. TF32 stands as float16, which has as many bits."""
+    types = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if torch.is_autocast_enabled(device.type):
+        types.add(torch.get_autocast_dtype(device.type))
+    if device.type == "cuda":
+        has_conv = any(isinstance(module, _ConvNd) for module in model.modules())
+        conv = torch.backends.cudnn.conv.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
+        if torch.backends.cuda.matmul.fp32_precision == "tf32" or (has_conv and conv != "ieee"):
+            types.add(torch.float16)
+    return types
 
 
 @dataclass(frozen=True)

@@ -440,12 +440,28 @@ def test_weights_that_are_written_to_are_checked_again() -> None:
         model.gate.fill_(1.0)
         for _ in range(2):
             assert torch.equal(call(x), model(x))
-        assert len(inner.shapes) == 1
+        # The call that found the weights changed was thrown away.
+        assert len(inner.shapes) == 2
         assert straight(call)[0].startswith("output 0 of a call of size 5 differs")
+
+
+def test_a_model_that_changes_in_every_call_is_left_alone_until_it_settles() -> None:
+    with torch.inference_mode(False), torch.no_grad():
+        model = nn.Linear(4, 4)
+        call, inner = wrap(model, "input:0")
+        x = torch.randn(5, 4)
         for value in range(30):
-            model.gate.fill_(value)
-            call(x)
-        assert call.report["straight"]["the model changes from call to call"] >= 25
+            model.weight.fill_(value)
+            assert torch.equal(call(x), model(x))
+        # Padded to find out that it changed, checked again, and found changed once more.
+        assert len(inner.shapes) == 2
+        assert call.report["straight"] == {
+            "the first padded call of a bucket is answered without padding": 2,
+            "the model changes from call to call": 28,
+        }
+        for _ in range(15):
+            assert torch.allclose(call(x), model(x))
+        assert call.report["buckets"][0]["num_calls"] == 4
 
 
 def test_arguments_that_are_written_to_are_refused_and_written_once() -> None:
