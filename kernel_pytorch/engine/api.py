@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from kernel_pytorch.backends.base import Backend
 from kernel_pytorch.backends.detect import BACKENDS, Resolution, make, matches
@@ -21,6 +22,7 @@ from kernel_pytorch.engine.replay import Call
 from kernel_pytorch.engine.run import Run
 from kernel_pytorch.engine.saved import Saved, read
 from kernel_pytorch.engine.session import conclude, describe_machine, make_job, translate
+from kernel_pytorch.engine.staging import offload_of, staged
 from kernel_pytorch.errors import ConfigError, UnsupportedOperationError
 from kernel_pytorch.models.call import CallWorkload
 from kernel_pytorch.recipe.compose import compose
@@ -68,7 +70,9 @@ def optimize(
     for verification. held_out: more calls, `(args, kwargs)` each, that verification uses instead. calibration: calls that static
     scales and allocations are measured on, else the one call. overrides: as on the
     command line (`graph=none`). trained: False for random weights, where quality is reported and does not gate.
-    measure: False skips the timing. inplace: change `model` itself instead of a clone that shares its parameters.
+    measure: False skips the timing. A model on the CPU whose `args` are on a GPU runs there when the recipe offloads its weights
+    (`memory=offload_weights`): that is how one runs that does not fit. inplace: change `model` itself instead of a clone that shares its
+    parameters.
 
     Returns an Optimized. Raises ConfigError, UnsupportedOperationError, NoEffectError, VerificationError, PerformanceError,
     each with the Report so far as `.report`; unless `inplace`, `model` is then and always left as it was.
@@ -81,7 +85,8 @@ def optimize(
     model = getattr(model, "_orig_mod", model)
     composed = compose([f"+recipe={name}", *overrides, *([] if measure else ["measure=off"])])
     report = Report(recipe=recipe_facts(composed))
-    backend, resolution = _resolve_for(model, composed.config.backend)
+    on_host = composed.config.memory._target_ is not None and _is_on_host(model, (args, kwargs))
+    backend, resolution = _resolve_for((args, kwargs) if on_host else model, composed.config.backend)
     workload = CallWorkload(args, dict(kwargs or {}), held_out=list(held_out) or None, calibration=list(calibration) or None)
     workload.trained = trained
     original = restore.describe_model(model)
@@ -89,6 +94,11 @@ def optimize(
         describe_machine(report, backend)
         run = Run(make_job(composed.config, composed.choices, composed.ignored, resolution), report, Progress(None))
         steps, plan = run.plan()
+        offload = offload_of(steps, backend) if on_host else None
+        if offload is not None:
+            if inplace:
+                raise UnsupportedOperationError("the model is on the host and its inputs are not: leave out inplace")
+            model = staged(model, offload, steps, backend, report)
         optimized = run.execute(steps, plan, model, workload, name=type(model).__name__, inplace=inplace)
     # As it was verified and timed: compiled code is for this mode, and quantized layers have no gradients.
     enter_contexts(Built(optimized, [backend.inference]))
@@ -163,9 +173,18 @@ class _Attach(AbstractContextManager[None]):
             raise ours from error
 
 
-def _resolve_for(model: nn.Module, config: BackendConfig) -> tuple[Backend, Resolution]:
-    """The backend of the device where the caller's model is; a model is never moved."""
-    devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]} or {torch.device("cpu")}
+def _is_on_host(model: nn.Module, inputs: Any) -> bool:
+    """Whether the model lies on the host and its inputs on a device: it is to run there, its weights brought block by block."""
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+    return {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]} == {"cpu"} and any(
+        tensor.device.type != "cpu" for tensor in tensors
+    )
+
+
+def _resolve_for(found: nn.Module | Any, config: BackendConfig) -> tuple[Backend, Resolution]:
+    """The backend of the device where the caller's model is, or the tensors of its inputs; a model is never moved."""
+    tensors = [*found.parameters(), *found.buffers()] if isinstance(found, nn.Module) else tree_leaves(found)
+    devices = {tensor.device for tensor in tensors if isinstance(tensor, torch.Tensor)} or {torch.device("cpu")}
     if len(devices) > 1:
         raise UnsupportedOperationError(f"the model is spread over {', '.join(sorted(map(str, devices)))}; put it on one device")
     kind = devices.pop().type

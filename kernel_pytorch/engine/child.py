@@ -13,6 +13,7 @@ import sys
 import traceback
 import warnings
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -23,9 +24,11 @@ from kernel_pytorch.backends.base import Backend
 from kernel_pytorch.backends.detect import resolve
 from kernel_pytorch.engine.run import Job, Run
 from kernel_pytorch.engine.session import conclude, describe_machine, make_job, translate
-from kernel_pytorch.engine.steps import build
-from kernel_pytorch.models.source import ModelSource
+from kernel_pytorch.engine.staging import offload_of, staged
+from kernel_pytorch.engine.steps import Step, build
+from kernel_pytorch.models.source import Loaded, ModelSource
 from kernel_pytorch.models.text import DataSource
+from kernel_pytorch.optimizer import tensor_bytes
 from kernel_pytorch.recipe.canonical import from_dict
 from kernel_pytorch.report.progress import Progress
 from kernel_pytorch.report.result import Report
@@ -79,12 +82,26 @@ def _run(job: Job, report: Report, progress: Progress) -> None:
     steps, plan = run.plan()
     config = job.config
     source = build("model", config.model)
-    data = _data(config, source)
-    run.preflight(source.weight_bytes())
+    loaded = _load(run, steps, source)
+    run.execute(steps, plan, loaded.model, loaded.workload, name=loaded.name, inplace=False)
+
+
+def _load(run: Run, steps: list[Step], source: ModelSource) -> Loaded:
+    """The model on the device; or, where it does not fit and the recipe offloads it, one that runs there from the host."""
+    config, backend = run.config, run.job.backend
+    data, known, offload = _data(config, source), source.weight_bytes(), offload_of(steps, backend)
+    on_host = offload is not None and (known is None or not run.fits(known))
+    if not on_host:
+        run.preflight(known)
     with run.stage("load"):
         torch.manual_seed(config.seed)
-        loaded = source.load(data=data, seed=config.seed, device=job.backend.device)
-    run.execute(steps, plan, loaded.model, loaded.workload, name=loaded.name, inplace=False)
+        loaded = source.load(data=data, seed=config.seed, device=backend.device, model_device=torch.device("cpu") if on_host else None)
+        if offload is None or not on_host:
+            return loaded
+        if run.fits(tensor_bytes(loaded.model)):
+            return replace(loaded, model=loaded.model.to(backend.device))
+        run.preflight(offload.device_bytes(loaded.model), "the model does not fit, nor what memory=offload_weights leaves of it")
+        return replace(loaded, model=staged(loaded.model, offload, steps, backend, run.report))
 
 
 def _data(config: RootConfig, source: ModelSource) -> DataSource | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 
 from kernel_pytorch.backends.base import Backend
 from kernel_pytorch.engine.steps import Step, active
@@ -13,6 +14,14 @@ from kernel_pytorch.report.result import StepResult
 from kernel_pytorch.schema import ActivationMode, CompileMode, OnMismatch, RootConfig
 
 
+class Effect(str, Enum):
+    """What a rule does to its group's step: says something of it, leaves it out of the run, or ends the run."""
+
+    note = "note"
+    left_out = "left_out"
+    excluded = "excluded"
+
+
 @dataclass(frozen=True)
 class Rule:
     """Two groups that affect each other. applies: to a config on a vendor. group: whose row carries the reason."""
@@ -20,6 +29,15 @@ class Rule:
     group: str
     applies: Callable[[RootConfig, str], bool]
     reason: str
+    effect: Effect = Effect.note
+
+
+_OFFLOAD = "kernel_pytorch.memory.offload.OffloadWeights"
+_WHOLE_MODEL = "kernel_pytorch.compile.inductor.InductorCompile"
+
+
+def _offloads(config: RootConfig, vendor: str) -> bool:
+    return config.memory._target_ == _OFFLOAD and vendor not in ("cpu", "tpu")
 
 
 # What one step means for another, as data; each with the reason that the plan prints.
@@ -45,6 +63,23 @@ RULES: tuple[Rule, ...] = (
         lambda config, vendor: vendor == "cpu" and config.compile.mode is CompileMode.max_autotune and config.compile._target_ is not None,
         "searches for kernels at the first call",
     ),
+    Rule(
+        "graph",
+        _offloads,
+        "left out: a graph holds one call, and offloaded weights are fetched across calls; copies take longer than the launches it saves",
+        Effect.left_out,
+    ),
+    Rule(
+        "compile",
+        lambda config, vendor: _offloads(config, vendor) and config.compile._target_ == _WHOLE_MODEL and config.compile.fullgraph,
+        "compile.fullgraph=true: offloaded weights are fetched between the blocks, outside any graph; use compile=regional",
+        Effect.excluded,
+    ),
+    Rule(
+        "compile",
+        lambda config, vendor: _offloads(config, vendor) and config.compile._target_ == _WHOLE_MODEL and not config.compile.fullgraph,
+        "offloaded blocks are compiled one by one, as by compile=regional, and what is around them is not",
+    ),
 )
 
 
@@ -68,15 +103,18 @@ def rows_for(steps: list[Step], backend: Backend, config: RootConfig, ignored: d
     rows = []
     for step in steps:
         support = step_support(step, backend)
-        rules = [rule.reason for rule in RULES if rule.group == step.group and rule.applies(config, backend.facts.vendor)]
-        reasons = [text for text in (support.reason, *(rules if step.optimizer is not None else [])) if text]
+        rules = [rule for rule in RULES if rule.group == step.group and rule.applies(config, backend.facts.vendor)]
+        rules = rules if step.optimizer is not None else []
+        effects = {rule.effect for rule in rules}
+        reasons = [text for text in (support.reason, *(rule.reason for rule in rules)) if text]
         rows.append(
             StepResult(
                 group=step.group,
                 option=step.option,
                 optimizer=None if step.target is None else step.target.rsplit(".", 1)[-1],
-                support=support.level.value,
+                support=Level.unsupported.value if Effect.excluded in effects else support.level.value,
                 reason="; ".join(reasons),
+                status="not_applicable" if Effect.left_out in effects else "planned",
                 ignored=list(ignored.get(step.group, [])),
             )
         )
@@ -106,3 +144,9 @@ def make_plan(
             assert row.group == step.group
             row.support = Level.emulated.value
     return Plan(rows, bool(reasons), "; ".join(reasons))
+
+
+def without_left_out(steps: list[Step], plan: Plan) -> list[Step]:
+    """The steps, with those that a rule leaves out doing nothing."""
+    left_out = {row.group for row in plan.rows if row.status == "not_applicable"}
+    return [replace(step, optimizer=None) if step.group in left_out else step for step in steps]

@@ -15,7 +15,7 @@ from kernel_pytorch.engine.apply import CALL_GROUPS, Built, apply_all, apply_cal
 from kernel_pytorch.engine.clone import structural_clone
 from kernel_pytorch.engine.gates import Evidence, Gates
 from kernel_pytorch.engine.ladder import FirstCall, first_call, make_arm, time_ladder
-from kernel_pytorch.engine.plan import Plan, make_plan
+from kernel_pytorch.engine.plan import Plan, make_plan, without_left_out
 from kernel_pytorch.engine.steps import Step, active, build_steps
 from kernel_pytorch.errors import OutOfMemoryError, PerformanceError, UnsupportedOperationError
 from kernel_pytorch.measure.graphs import error_on_recompile_limit
@@ -61,13 +61,18 @@ class Run:
             steps, self.job.backend, self.config, matches=self.job.matches, mismatch=self.job.mismatch, ignored=self.job.ignored
         )
         self.report.steps = plan.rows
-        return steps, plan
+        return without_left_out(steps, plan), plan
 
-    def preflight(self, required_bytes: int | None) -> None:
-        """Raises OutOfMemoryError when the weights alone do not fit."""
+    def fits(self, required_bytes: int) -> bool:
+        """Whether the device has room for so many bytes; where it does not tell, it has."""
         available = self.job.backend.available_memory_bytes()
-        if required_bytes is not None and available is not None and required_bytes > available:
-            raise OutOfMemoryError("the model does not fit", required_bytes=required_bytes, available_bytes=available)
+        return available is None or required_bytes <= available
+
+    def preflight(self, required_bytes: int | None, what: str = "the model does not fit; memory=offload_weights needs less") -> None:
+        """Raises OutOfMemoryError when the weights alone do not fit."""
+        if required_bytes is not None and not self.fits(required_bytes):
+            available = self.job.backend.available_memory_bytes() or 0
+            raise OutOfMemoryError(what, required_bytes=required_bytes, available_bytes=available)
 
     def execute(self, steps: list[Step], plan: Plan, model: nn.Module, workload: Workload, *, name: str, inplace: bool) -> nn.Module:
         """Returns the optimized model. Raises our errors after writing what was found into the report."""

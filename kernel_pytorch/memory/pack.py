@@ -70,11 +70,6 @@ class Pack:
         """Whether a gradient of any of the tensors could be asked for."""
         return any(self._requires_grad)
 
-    @property
-    def ids(self) -> set[int]:
-        """Ids of the tensors in host memory."""
-        return {id(tensor) for tensor in self._at_rest}
-
     def place(self, number: int, memory: torch.Tensor) -> None:
         """Makes the block's tensors those in slot `number`, whose memory is given."""
         for entry, tensor, address in zip(self._entries, self._at_rest, self._addresses, strict=True):

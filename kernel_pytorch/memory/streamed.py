@@ -110,11 +110,6 @@ class StreamedBlock:
         return self._seat.ring.slots
 
     @property
-    def streamed_ids(self) -> set[int]:
-        """Ids of the tensors in host memory that the block holds while it does not work."""
-        return self._seat.pack.ids
-
-    @property
     def pinned_bytes(self) -> int:
         """Bytes of host memory that the block keeps pinned."""
         return self._seat.pack.host.untyped_storage().nbytes()

@@ -24,7 +24,7 @@ class RandomBert(ModelSource):
     def default_data(self, *, batch: int | None = None, length: int | None = None) -> DataSource:
         return RandomTokens(batch=batch, length=length)
 
-    def load(self, *, data: DataSource | None, seed: int, device: torch.device) -> Loaded:
+    def load(self, *, data: DataSource | None, seed: int, device: torch.device, model_device: torch.device | None = None) -> Loaded:
         layers, width, heads, inner = PRESETS[check_preset(self.preset, PRESETS)]
         transformers = import_transformers("bert")
         data = data or self.default_data()
@@ -37,6 +37,6 @@ class RandomBert(ModelSource):
             model = transformers.BertModel(config)
         parts = data.parts(Vocabulary(config.vocab_size), batch=8, length=32, seed=seed)
         check_length(parts, config.max_position_embeddings)
-        model = model.to(device, torch_dtype(self.dtype, torch.float32)).eval()
+        model = model.to(model_device or device, torch_dtype(self.dtype, torch.float32)).eval()
         workload = TokenWorkload(parts, token_rows, phase="forward", trained=False, device=device)
         return Loaded(model, workload, f"BERT {self.preset}, random weights")

