@@ -16,7 +16,8 @@ class WorkloadAnalysis:
     idle device. plain_row_ms, replay_row_ms: a call, of several made without waiting. copied_bytes: copied in for each replay,
     copy_ms: how long that takes. pool_bytes: most that the call had allocated at once while it was recorded. held_bytes:
     what stays allocated between replays. capture_s: recording, warm-up and timing together. num_written: storages that the
-    call writes in place. num_operations: operations of one call, in eager mode."""
+    call writes in place. num_operations: operations of one call, in eager mode.
+    placement_relative_l2: of its outputs against the plain call's, where something was put on the device for it."""
 
     inputs: str
     num_calls: int
@@ -32,6 +33,7 @@ class WorkloadAnalysis:
     capture_s: float = 0.0
     num_written: int = 0
     num_operations: int = 0
+    placement_relative_l2: float | None = None
 
     @classmethod
     def of(cls, inputs: str, num_calls: int, timed: Comparison) -> WorkloadAnalysis:

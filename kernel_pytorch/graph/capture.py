@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from kernel_pytorch.backends.capabilities import matrix_rows
 from kernel_pytorch.choices import GraphDeploymentStrategy
+from kernel_pytorch.graph.bucketed_call import BucketedCall
 from kernel_pytorch.graph.graphed_call import GraphedCall
 from kernel_pytorch.graph.manager import CUDAGraphManager
 from kernel_pytorch.graph.pieces import Pieces
@@ -15,6 +18,7 @@ from kernel_pytorch.graph.recorder import CudaRecorder
 from kernel_pytorch.graph.regions import Regions
 from kernel_pytorch.graph.strategy import terms
 from kernel_pytorch.optimizer import Applied, Context, Level, Optimizer, Support
+from kernel_pytorch.schema import BucketingConfig
 
 if TYPE_CHECKING:
     from kernel_pytorch.backends.base import Backend
@@ -42,11 +46,42 @@ def graph_calls(model: nn.Module, manager: CUDAGraphManager) -> GraphedCall:
     return graphed
 
 
+def bucket_calls(
+    model: nn.Module, graphed: GraphedCall, dynamic_dims: Sequence[str], bucketing: BucketingConfig, tile: int | None
+) -> BucketedCall:
+    """Puts padding around a model's GraphedCall, so that one graph serves a bucket of sizes."""
+    manager = graphed.manager
+
+    @contextmanager
+    def without_pieces() -> Iterator[None]:
+        before, manager.pieces_off = manager.pieces_off, True
+        try:
+            yield
+        finally:
+            manager.pieces_off = before
+
+    bucketed = BucketedCall(
+        model,
+        graphed,
+        dynamic_dims,
+        bucketing,
+        plain=graphed.plain,
+        straight=graphed,
+        checking=without_pieces,
+        tile=tile,
+        static_inputs=True,
+        num_captures=lambda: manager.statistics["captures"],
+        busy=manager.recorder.busy,
+    )
+    model._compiled_call_impl = bucketed
+    return bucketed
+
+
 class CaptureWholeCall(Optimizer):
     """Wraps the model's call in a GraphedCall. The model's class and its names in state_dict stay.
 
     `Applied.details` holds live objects: `decisions` fills as calls with new arguments are captured and timed, `statistics`
-    counts, `workload` has the calls and replays of every kind of call."""
+    counts, `workload` has the calls and replays of every kind of call; with dynamic dims, `dynamic` has what padding came to."""
 
     def __init__(
         self,
@@ -55,11 +90,15 @@ class CaptureWholeCall(Optimizer):
         num_warmup_calls: int,
         min_speedup: float | None,
         memory_budget_bytes: int | None,
+        dynamic_dims: list[str],
+        bucketing: BucketingConfig,
     ) -> None:
         self.strategy = strategy
         self.num_warmup_calls = num_warmup_calls
         self.min_speedup = min_speedup
         self.memory_budget_bytes = memory_budget_bytes
+        self.dynamic_dims = dynamic_dims
+        self.bucketing = bucketing
 
     def support(self, backend: Backend) -> Support:
         if backend.device.type == "cuda":
@@ -76,6 +115,9 @@ class CaptureWholeCall(Optimizer):
             num_warmup_calls=self.num_warmup_calls,
             memory_budget_bytes=self.memory_budget_bytes,
         )
-        graph_calls(model, manager)
-        details = {"decisions": manager.decisions, "statistics": manager.statistics, "workload": manager.workload}
+        graphed = graph_calls(model, manager)
+        details: dict[str, Any] = {"decisions": manager.decisions, "statistics": manager.statistics, "workload": manager.workload}
+        if self.dynamic_dims:
+            tile = matrix_rows(context.backend.facts.arch)
+            details["dynamic"] = bucket_calls(model, graphed, self.dynamic_dims, self.bucketing, tile).report
         return Applied(model, num_changed=1, kernels=["cuda_graph"], details=details)

@@ -10,48 +10,48 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from kernel_pytorch.errors import UnsupportedOperationError
 from kernel_pytorch.graph.inputs import Call, holds_tensors
-from kernel_pytorch.graph.recorder import Recorder, Recording
-from kernel_pytorch.graph.signature import pointers
+from kernel_pytorch.graph.placement import HostArguments
+from kernel_pytorch.graph.recorder import Recording
+from kernel_pytorch.graph.signature import at_addresses, copy_all, pointers
 from kernel_pytorch.graph.state import WriteWatch, same_bits
 
 _numbers = itertools.count()
-# One launch for all; torch exports it without listing it.
-_copy_all = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 
 
 class Graph:
     """Replays a recording. buffers: device memory that stands for argument i. fixed: arguments that must be where they were.
     by_value: arguments on the host whose values are frozen in. pure: a replay writes nothing that was there before and draws
-    no random numbers, so that one too many does no harm. copies_cost: the replay was timed slower than one that copies nothing in."""
+    no random numbers, so that one too many does no harm. repeatable: a second replay writes and returns what the first did, so
+    that one with wrong weights is put right by the call that follows. copies_cost: the replay was timed slower than one that
+    copies nothing in."""
 
     def __init__(
         self,
         recording: Recording,
-        recorder: Recorder,
         call: Call,
         static: list[torch.Tensor],
         buffers: dict[int, torch.Tensor],
+        host: HostArguments | None,
         by_value: tuple[int, ...],
         watch: WriteWatch,
         *,
         pure: bool,
+        repeatable: bool,
     ) -> None:
         self.number = next(_numbers)
-        self.recording, self.buffers, self.pure = recording, buffers, pure
-        self._recorder = recorder
+        self.recording, self.buffers, self.pure, self.repeatable = recording, buffers, pure, repeatable
+        self._host = host
         self.places = call.places()
         self.pointers = pointers(call.tensors)
         self.fixed = [i for i in range(len(call.tensors)) if i not in buffers and i not in by_value]
         self.by_value = {i: call.tensors[i].clone() for i in by_value}
-        # What comes from the host is sent again only when it has another value.
-        self._refills = [i for i in buffers if recorder.is_elsewhere(call.tensors[i])]
-        self._last: dict[int, torch.Tensor] = {}
-        self._copies = [i for i in buffers if i not in self._refills]
+        self._copies = [i for i in buffers if host is None or i not in host.buffers]
         self._into = [buffers[i] for i in self._copies]
         arguments = {tensor.untyped_storage()._cdata: i for i, tensor in enumerate(static)}
         # Memory that the recording reads by address: held, so that it cannot become someone else's. Arguments are not: a
         # graph is for their addresses, whoever is there.
-        self._keep = (call.objects, [storage for key, storage in watch.found.items() if key not in arguments])
+        own = {tensor.untyped_storage()._cdata for tensor in (*static, *call.tensors)}
+        self._keep = (call.objects, [storage for key, storage in watch.found.items() if key not in own])
         leaves, self._spec = tree_flatten(recording.output)
         self._sources = [self._source(leaf, call, static, arguments, watch) for leaf in leaves]
         # Arguments that come back are not held.
@@ -76,9 +76,9 @@ class Graph:
             raise UnsupportedOperationError(f"the output holds a {type(leaf).__name__}, whose tensors the next replay would overwrite")
         return "same"
 
-    def fits(self, tensors: list[torch.Tensor], at: list[int], places: tuple[Any, ...]) -> bool:
-        """Whether this graph computes the call: its kind is known to fit. at: the tensors' addresses."""
-        if at != self.pointers and any(at[i] != self.pointers[i] for i in self.fixed):
+    def fits(self, tensors: list[torch.Tensor], places: tuple[Any, ...]) -> bool:
+        """Whether this graph computes the call: its kind is known to fit."""
+        if not at_addresses(tensors, self.pointers, self.fixed):
             return False
         return places == self.places and all(same_bits(tensors[i], value) for i, value in self.by_value.items())
 
@@ -87,12 +87,9 @@ class Graph:
         if len(self._copies) == 1:
             self._into[0].copy_(tensors[self._copies[0]])
         elif self._copies:
-            _copy_all(self._into, [tensors[i] for i in self._copies])
-        for i in self._refills:
-            known = self._last.get(i)
-            if known is None or not same_bits(tensors[i], known):
-                self._recorder.refill(self.buffers[i], tensors[i])
-                self._last[i] = tensors[i].clone()
+            copy_all(self._into, [tensors[i] for i in self._copies])
+        if self._host is not None:
+            self._host.send(tensors)
 
     def run(self, tensors: list[torch.Tensor]) -> Any:
         if self.buffers:

@@ -104,7 +104,7 @@ class GraphedCall:
         kind, tensors = self._known(args, kwargs)
         if kind is None:
             return False, None
-        graph = kind.find(tensors, pointers(tensors), ())
+        graph = kind.find(tensors, ())
         if graph is None or graph.copies_cost:
             return False, None
         done, result = self._checked(kind, graph, tensors)
@@ -122,23 +122,31 @@ class GraphedCall:
         return None, []
 
     def _checked(self, kind: Kind, graph: Graph, tensors: list[torch.Tensor]) -> tuple[bool, Any]:
-        """The replay, unless the model is not what it was. Where one replay too many does no harm, the model is looked at
-        while the device works."""
+        """The replay, unless the model is not what it was. Where a replay of the wrong thing does no harm, the model is looked
+        at while the device works: at all of it, or at the tensors, whose values do not change where it writes."""
         guard = self._world.guard
-        if graph.pure and not self._suspicious:
-            result = self.manager.replay(kind, graph, tensors)
-            self._suspicious = guard.has_hooks() or guard.broken() is not None
-            return not self._suspicious, result
-        # A model that was found changed is looked at first, until it is found unchanged.
-        self._suspicious = guard.has_hooks() or guard.broken() is not None
-        return (False, None) if self._suspicious else (True, self.manager.replay(kind, graph, tensors))
+        code_first = self._suspicious or not graph.pure
+        tensors_first = self._suspicious or not (graph.pure or graph.repeatable)
+        self._suspicious = True
+        if code_first and guard.other_code() is not None:
+            return False, None
+        if tensors_first and (guard.other_tensors() is not None or guard.has_hooks()):
+            return False, None
+        result = self.manager.replay(kind, graph, tensors)
+        if not code_first and guard.other_code() is not None:
+            return False, None
+        if not tensors_first and (guard.other_tensors() is not None or guard.has_hooks()):
+            return False, None
+        # What was found changed is looked at first in the next call, until it is found unchanged.
+        self._suspicious = False
+        return True, result
 
     def _rehearse(self, kind: Kind, graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A replay with everything that a call does around it."""
         _, tensors = self._known(args, kwargs)
         if not tensors:
             tensors = describe(args, kwargs).tensors
-        graph.fits(tensors, pointers(tensors), graph.places)
+        graph.fits(tensors, graph.places)
         return self._checked(kind, graph, tensors)[1]
 
     def _considered(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
@@ -158,7 +166,7 @@ class GraphedCall:
         if kind.refusal is not None:
             return False, None
         at = pointers(call.tensors)
-        graph = kind.find(call.tensors, at, call.places())
+        graph = kind.find(call.tensors, call.places())
         if graph is not None and not (graph.copies_cost and kind.room(tuple(at))):
             return True, self.manager.replay(kind, graph, call.tensors)
         staged = self._plan(kind, call, at, graph)

@@ -44,9 +44,9 @@ class Kind:
     in_place_ms: float | None = None
     seen: LRUCache[Any, int] = field(default_factory=lambda: LRUCache(_PLACES_REMEMBERED))
 
-    def find(self, tensors: list[torch.Tensor], at: list[int], places: tuple[Any, ...]) -> Graph | None:
+    def find(self, tensors: list[torch.Tensor], places: tuple[Any, ...]) -> Graph | None:
         for graph in self.graphs:
-            if graph.fits(tensors, at, places):
+            if graph.fits(tensors, places):
                 return graph
         return None
 
@@ -86,8 +86,7 @@ def modes() -> tuple[Any, ...]:
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cuda"),
-        torch.get_autocast_dtype("cuda"),
+        torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None,
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),
         # What torch.backends.cuda.matmul.fp32_precision and cudnn.conv.fp32_precision read, in a tenth of the time.

@@ -1,18 +1,26 @@
 """Graph-aware placement: small tensors on the host that a graph would trip over get device memory to stand for them.
 
 Arguments are sent into that memory in every call in which they changed. What a model holds (a buffer, an attribute) is
-moved once, on the model that this library was given to change. Either way the outputs must be the same bits as before."""
+moved once, on the model that this library was given to change. Either way the outputs must be what they were: an operation
+with a scalar on the host may round once more or once less than with the same scalar on the device (a division by one is a
+multiplication by its inverse), so the same up to a few roundings."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from kernel_pytorch.graph.inputs import overlaps
+from kernel_pytorch.graph.inputs import overlaps, value_key
 from kernel_pytorch.graph.recorder import Recorder
-from kernel_pytorch.graph.state import HOST_BYTES, WriteWatch
+from kernel_pytorch.graph.state import HOST_BYTES, WriteWatch, same_bits
+
+# Sends that may be under way before the host waits for one: calls that nobody reads the results of run ahead.
+_BLOCKS = 8
+_ALIGNMENT = 64
 
 # An argument on the host that is larger is not sent in every call: the call goes straight through.
 MAX_SENT_BYTES = 2**16
@@ -20,6 +28,57 @@ MAX_SENT_BYTES = 2**16
 
 def can_be_sent(tensor: torch.Tensor) -> bool:
     return tensor.nbytes <= MAX_SENT_BYTES and not overlaps(tensor)
+
+
+class HostArguments:
+    """Device memory that stands for arguments on the host: all of them are sent at once, and only when one has another value.
+
+    buffers: what stands for argument i, contiguous."""
+
+    def __init__(self, recorder: Recorder, tensors: list[torch.Tensor], which: list[int]) -> None:
+        self._recorder, self._which = recorder, which
+        ends = list(itertools.accumulate(-(-max(tensors[i].nbytes, 1) // _ALIGNMENT) * _ALIGNMENT for i in which))
+        self._starts = [0, *ends[:-1]]
+        self._like = [(tensors[i].shape, tensors[i].dtype) for i in which]
+        self._device = torch.zeros(ends[-1], dtype=torch.uint8, device=recorder.device)
+        self.buffers = dict(zip(which, self._views(self._device), strict=True))
+        blocks = [recorder.pinned(ends[-1]) for _ in range(_BLOCKS)]
+        self._blocks = [(block, self._views(block)) for block in blocks]
+        self._marks: list[Callable[[], object]] = [bool] * _BLOCKS
+        self._number = 0
+        self._sent: list[Any] | None = None
+
+    def send(self, tensors: list[torch.Tensor]) -> None:
+        """Copies the arguments in, in the current stream's order; they may be changed as soon as this returns."""
+        values = [_value(tensors[i]) for i in self._which]
+        if self._sent is not None and all(map(_equal, values, self._sent)):
+            return
+        self._number = (self._number + 1) % _BLOCKS
+        block, views = self._blocks[self._number]
+        self._marks[self._number]()
+        for view, index in zip(views, self._which, strict=True):
+            view.copy_(tensors[index])
+        self._device.copy_(block, non_blocking=True)
+        self._marks[self._number] = self._recorder.mark()
+        self._sent = [view if isinstance(value, torch.Tensor) else value for view, value in zip(views, values, strict=True)]
+
+    def _views(self, block: torch.Tensor) -> list[torch.Tensor]:
+        sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self._like]
+        parts = [block[start : start + size] for start, size in zip(self._starts, sizes, strict=True)]
+        return [part.view(dtype).view(shape) for part, (shape, dtype) in zip(parts, self._like, strict=True)]
+
+
+def _value(tensor: torch.Tensor) -> Any:
+    """What tells whether an argument changed: a number, whole numbers, or None where that costs more than sending."""
+    if tensor.numel() == 1:
+        return value_key(tensor.item())
+    return None if tensor.is_floating_point() or tensor.is_complex() else tensor
+
+
+def _equal(value: Any, sent: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return torch.equal(value, sent)
+    return value is not None and value == sent
 
 
 class HostState:
@@ -55,3 +114,28 @@ class HostState:
     def put_back(self) -> None:
         for container, key, tensor in self._slots:
             container[key] = tensor
+
+
+def relative_l2(found: list[Any], expected: list[Any]) -> float | None:
+    """The largest ||found - expected|| / ||expected|| of the tensors; None when something is not the same up to roundings."""
+    if len(found) != len(expected):
+        return None
+    worst = 0.0
+    for mine, theirs in zip(found, expected, strict=True):
+        if not isinstance(mine, torch.Tensor) or not isinstance(theirs, torch.Tensor):
+            if type(mine) is not type(theirs):
+                return None
+            continue
+        if mine.shape != theirs.shape or mine.dtype != theirs.dtype or mine.device != theirs.device:
+            return None
+        if same_bits(mine, theirs):
+            continue
+        if not mine.is_floating_point() or not torch.equal(mine.isnan(), theirs.isnan()):
+            return None
+        exact = theirs.double().nan_to_num()
+        error = float((mine.double().nan_to_num() - exact).norm() / exact.norm())
+        # A few roundings; of 16 bits one, for two sums of them in another order differ by that.
+        if not error <= max(16 * torch.finfo(torch.float32).eps, torch.finfo(mine.dtype).eps):
+            return None
+        worst = max(worst, error)
+    return worst

@@ -64,9 +64,13 @@ class Recorder(ABC):
         """A copy on the device."""
         return tensor.to(self.device, copy=True)
 
-    def refill(self, buffer: torch.Tensor, tensor: torch.Tensor) -> None:
-        """Copies a tensor that is elsewhere into device memory, in the current stream's order, without waiting for it."""
-        buffer.copy_(tensor)
+    def pinned(self, num_bytes: int) -> torch.Tensor:
+        """Host memory, uint8, that the device copies from without the host waiting."""
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def mark(self) -> Callable[[], object]:
+        """A call that returns once everything is done that the current stream was given until now."""
+        return bool
 
     def free_bytes(self) -> int | None:
         """Device memory that may still be taken; None when unknown."""
@@ -160,11 +164,13 @@ class CudaRecorder(Recorder):
         torch.cuda.synchronize(self.device)
         return start.elapsed_time(end) / num_calls
 
-    def refill(self, buffer: torch.Tensor, tensor: torch.Tensor) -> None:
-        # A new pinned block in every call: the allocator gives it out again only after the copy has read it, and the caller may
-        # change its own tensor at once.
-        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
-        buffer.copy_(pinned, non_blocking=True)
+    def pinned(self, num_bytes: int) -> torch.Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def mark(self) -> Callable[[], object]:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event.synchronize
 
     def free_bytes(self) -> int | None:
         free, _ = torch.cuda.mem_get_info(self.device)

@@ -19,6 +19,10 @@ from kernel_pytorch.graph.inputs import value_key
 _TENSORS = frozenset({torch.Tensor, nn.Parameter})
 _SIZE, _STRIDE, _POINTER = torch.Tensor.size, torch.Tensor.stride, torch.Tensor.data_ptr
 _KIND = attrgetter("dtype", "device", "layout")
+# In C++, where torch was built for CUDA: what torch's own graphs compare addresses with.
+_EQUAL_POINTERS = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
+# One launch for all; torch exports it without listing it.
+copy_all = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 _LIVE = weakref.ref.__call__
 _VALUES = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
 
@@ -92,3 +96,10 @@ class Signature:
 
 def pointers(tensors: Sequence[torch.Tensor]) -> list[int]:
     return list(map(_POINTER, tensors))
+
+
+def at_addresses(tensors: list[torch.Tensor], addresses: list[int], which: list[int]) -> bool:
+    """Whether tensor i is at address i, for every i in `which`."""
+    if _EQUAL_POINTERS is not None:
+        return _EQUAL_POINTERS(tensors, addresses, which)
+    return all(_POINTER(tensors[i]) == addresses[i] for i in which)

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kernel_pytorch.graph.inputs import describe_state, is_plain
+from kernel_pytorch.graph.signature import at_addresses, copy_all, pointers
 
 _TRAINING = itemgetter("training")
 
@@ -123,8 +124,8 @@ class WriteWatch(TorchDispatchMode):
 
     def restore(self) -> None:
         """Puts back the memory as it was before the call."""
-        for view, saved in self._saved.values():
-            view.copy_(saved)
+        if self._saved:
+            copy_all([view for view, _ in self._saved.values()], [saved for _, saved in self._saved.values()])
 
     def written(self) -> list[torch.Tensor]:
         """The bytes that the call writes, as they are now: views, not copies."""
@@ -186,11 +187,10 @@ class ModuleGuard:
         self._hooks += [_every_module._global_forward_hooks, _every_module._global_forward_pre_hooks]
         self._training = [m.training for m in modules]
         self.slots = [slot for module in modules for slot in _slots(module)]
-        self._containers = [container for container, _, _ in self.slots]
-        self._keys = [key for _, key, _ in self.slots]
-        self._values = [value for _, _, value in self.slots]
-        self._tensors = [v for v in self._values if isinstance(v, torch.Tensor) and _has_storage(v)]
-        self._addresses = [t.data_ptr() for t in self._tensors]
+        self._modules = _Slots([slot for slot in self.slots if isinstance(slot[2], nn.Module)])
+        self._others = _Slots([slot for slot in self.slots if not isinstance(slot[2], nn.Module)])
+        self._tensors = [v for v in self._others.values if isinstance(v, torch.Tensor) and _has_storage(v)]
+        self._addresses, self._all = pointers(self._tensors), list(range(len(self._tensors)))
         far = [t for t in self._tensors if is_elsewhere is not None and is_elsewhere(t) and t.nbytes <= HOST_BYTES]
         self._by_value = [(tensor, tensor.clone()) for tensor in far]
 
@@ -200,19 +200,40 @@ class ModuleGuard:
 
     def broken(self) -> str | None:
         """What changed since, or None. Runs in every replay, so it stays in C where it can."""
-        try:
-            same = all(map(is_, map(getitem, self._containers, self._keys), self._values))
-        except (KeyError, IndexError):
-            same = False
-        if not same:
-            return "a parameter, buffer or submodule was replaced"
-        if list(map(torch.Tensor.data_ptr, self._tensors)) != self._addresses:
-            return "a parameter or buffer has other memory"
+        return self.other_code() or self.other_tensors()
+
+    def other_code(self) -> str | None:
+        """What changed of that which decides what the model runs, and so where it writes."""
+        if not self._modules.hold():
+            return "a submodule was replaced"
         if list(map(_TRAINING, self._dicts)) != self._training:
             return "a module went from training to eval or back"
+        return None
+
+    def other_tensors(self) -> str | None:
+        """What changed of that which the model reads."""
+        if not self._others.hold():
+            return "a parameter or buffer was replaced"
+        if not at_addresses(self._tensors, self._addresses, self._all):
+            return "a parameter or buffer has other memory"
         if self._by_value and not all(same_bits(tensor, known) for tensor, known in self._by_value):
             return "a tensor that the model holds on the host has another value"
         return None
+
+
+class _Slots:
+    """What is held where: (container, key, value)."""
+
+    def __init__(self, slots: list[tuple[Any, Any, Any]]) -> None:
+        self._containers = [container for container, _, _ in slots]
+        self._keys = [key for _, key, _ in slots]
+        self.values = [value for _, _, value in slots]
+
+    def hold(self) -> bool:
+        try:
+            return all(map(is_, map(getitem, self._containers, self._keys), self.values))
+        except (KeyError, IndexError):
+            return False
 
 
 def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:

@@ -20,7 +20,8 @@ from kernel_pytorch.graph.captured import Graph
 from kernel_pytorch.graph.inputs import Call, describe, overlaps, rebuild
 from kernel_pytorch.graph.kinds import Kind
 from kernel_pytorch.graph.manager import CUDAGraphManager
-from kernel_pytorch.graph.placement import HostState, can_be_sent
+from kernel_pytorch.graph.placement import HostArguments, HostState, can_be_sent, relative_l2
+from kernel_pytorch.graph.recorder import Recording
 from kernel_pytorch.graph.state import WriteWatch, python_state, same_bits
 
 # What a model may raise while it is recorded: the plain call then says whether it is the model's own mistake.
@@ -53,6 +54,18 @@ class Outcome:
     cannot: bool = False
     timed: bool = False
     moved: bool = False
+
+
+@dataclass
+class _Inputs:
+    """args, kwargs: the caller's. static: the leaves that are recorded with. buffers: those of them that stand in, by number. host:
+    of those, the ones for arguments on the host."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    static: list[torch.Tensor]
+    buffers: dict[int, torch.Tensor]
+    host: HostArguments | None
 
 
 class Trial:
@@ -137,7 +150,10 @@ class Trial:
             expected = self._outcome_of(args, kwargs, first) if placed else None
             if state is not None:
                 state.place()
-            buffers = {i: self._recorder.place(tensors[i]) for i in sent} | {i: _buffer_like(tensors[i]) for i in self._staged}
+            host = HostArguments(self._recorder, tensors, sent) if sent else None
+            if host is not None:
+                host.send(tensors)
+            buffers = {i: _buffer_like(tensors[i]) for i in self._staged} | (host.buffers if host is not None else {})
             static = [buffers.get(i, tensor) for i, tensor in enumerate(tensors)]
             if placed:
                 self._watched(seen, *self._with(static, args, kwargs))
@@ -147,27 +163,18 @@ class Trial:
                     why = "the call writes to an argument on the host"
                 if why is not None:
                     return Outcome(refusal=why, cannot=True)
-            return self._record(args, kwargs, static, buffers, first, seen, pure, expected)
+            inputs = _Inputs(args, kwargs, static, buffers, host)
+            return self._record(inputs, first, seen, pure, expected)
         except CALL_ERRORS as error:
             crossing = f"; it takes host memory to the device: {seen.said(seen.crosses)}" if seen.crosses is not None else ""
             return Outcome(refusal=f"capture failed: {first_line(error)}{crossing}", cannot=True)
         finally:
             self._undo(first, seen)
 
-    def _record(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        static: list[torch.Tensor],
-        buffers: dict[int, torch.Tensor],
-        first: WriteWatch,
-        watch: WriteWatch,
-        pure: bool,
-        expected: list[Any] | None,
-    ) -> Outcome:
+    def _record(self, inputs: _Inputs, first: WriteWatch, watch: WriteWatch, pure: bool, expected: list[Any] | None) -> Outcome:
         recorder, kind = self._recorder, self._kind
         start = time.monotonic()
-        static_args, static_kwargs = self._with(static, args, kwargs)
+        static_args, static_kwargs = self._with(inputs.static, inputs.args, inputs.kwargs)
 
         def recorded() -> Any:
             return self._plain(*static_args, **static_kwargs)
@@ -179,20 +186,33 @@ class Trial:
         self._undo(watch)
         recording = recorder.record(recorded)
         self._manager.statistics["captures"] += 1
-        graph = Graph(recording, recorder, self._call, static, buffers, kind.by_value, watch, pure=pure)
-        self._undo(watch)
+        repeatable = pure or self._repeats(recording, watch)
+        graph = Graph(
+            recording, self._call, inputs.static, inputs.buffers, inputs.host, kind.by_value, watch, pure=pure, repeatable=repeatable
+        )
+        error = None
         if expected is not None:
             found = [*tree_leaves(graph.run(self._call.tensors)), *first.written()]
-            if len(found) != len(expected) or not all(map(_same, found, expected)):
-                return Outcome(refusal="its outputs are other bits when what is on the host is on the device", cannot=True)
+            error = relative_l2(found, expected)
+            if error is None:
+                return Outcome(refusal="its outputs are others when what is on the host is on the device", cannot=True)
             self._undo(watch)
-        return self._timed(graph, args, kwargs, watch, start)
+        return self._timed(graph, inputs, watch, start, error)
 
-    def _timed(self, graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any], watch: WriteWatch, start: float) -> Outcome:
+    def _repeats(self, recording: Recording, watch: WriteWatch) -> bool:
+        """Whether a second replay in a row leaves and returns the same bits as the first."""
+        states = []
+        for _ in range(2):
+            recording.replay()
+            states.append([leaf.clone() for leaf in (*tree_leaves(recording.output), *watch.written()) if isinstance(leaf, torch.Tensor)])
+        self._undo(watch)
+        return all(map(same_bits, *states))
+
+    def _timed(self, graph: Graph, inputs: _Inputs, watch: WriteWatch, start: float, error: float | None) -> Outcome:
         kind, terms, manager = self._kind, self._manager.terms, self._manager
         timed = self._recorder.compare(
-            lambda: self._plain(*args, **kwargs),
-            lambda: self._rehearse(kind, graph, args, kwargs),
+            lambda: self._plain(*inputs.args, **inputs.kwargs),
+            lambda: self._rehearse(kind, graph, inputs.args, inputs.kwargs),
             watch.restore,
             terms.min_speedup,
         )
@@ -206,6 +226,7 @@ class Trial:
             samples = [self._recorder.milliseconds(lambda: graph.fill(self._call.tensors)) for _ in range(_COPY_SAMPLES)]
             analysis.copy_ms = median(samples)
         analysis.num_written, analysis.num_operations = watch.num_written, watch.num_operations
+        analysis.placement_relative_l2 = error
         analysis.capture_s = time.monotonic() - start
         keep, reason = timed.verdict(terms.min_speedup)
         if keep and not terms.repays(analysis.capture_s, analysis.saved_ms):
@@ -262,9 +283,3 @@ def _refused(watch: WriteWatch) -> str | None:
 def _buffer_like(tensor: torch.Tensor) -> torch.Tensor:
     """A copy with the same strides, so that it is served by the same kernels."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-
-
-def _same(found: Any, expected: Any) -> bool:
-    if isinstance(found, torch.Tensor) and isinstance(expected, torch.Tensor):
-        return found.device == expected.device and same_bits(found, expected)
-    return type(found) is type(expected)
