@@ -13,65 +13,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from kernel_pytorch.backends.cpu import CpuBackend
 from kernel_pytorch.backends.detect import plan_backend
 from kernel_pytorch.choices import GraphDeploymentStrategy
 from kernel_pytorch.graph.capture import CaptureWholeCall
 from kernel_pytorch.graph.graphed_call import GraphedCall
-from kernel_pytorch.graph.manager import CUDAGraphManager
-from kernel_pytorch.graph.recorder import Recorder, Recording
-from kernel_pytorch.graph.strategy import terms
-from kernel_pytorch.graph.timing import Comparison
 from kernel_pytorch.optimizer import Context, Level, Workload
 from kernel_pytorch.schema import BackendConfig, BucketingConfig, OnMismatch
-
-
-class Rerun(Recorder):
-    def __init__(self, plain_ms: float = 2.0, replay_ms: float = 1.0, held_bytes: int = 0) -> None:
-        super().__init__(torch.device("cpu"))
-        self.held_bytes = held_bytes
-        self.comparison = Comparison(plain_ms, replay_ms, 20)
-        self.num_recorded = self.num_replays = 0
-        self.failure: str | None = None
-
-    def busy(self) -> bool:
-        return False
-
-    def warm_up(self, call: Callable[[], Any], num_calls: int) -> None:
-        for _ in range(num_calls):
-            call()
-
-    def record(self, call: Callable[[], Any]) -> Recording:
-        if self.failure:
-            raise RuntimeError(self.failure)
-        self.num_recorded += 1
-        output = call()
-
-        def replay() -> None:
-            self.num_replays += 1
-            for old, new in zip(tree_leaves(output), tree_leaves(call()), strict=True):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-
-        return Recording(output, replay, self.held_bytes, self.held_bytes)
-
-    def compare(self, plain: Callable[[], Any], replay: Callable[[], Any], undo: Callable[[], None], margin: float = 1.0) -> Comparison:
-        for call in (plain, replay):
-            call()
-            undo()
-        return self.comparison
-
-    def rng_state(self) -> torch.Tensor:
-        return torch.get_rng_state()
-
-    def set_rng_state(self, state: torch.Tensor) -> None:
-        torch.set_rng_state(state)
-
-    def enter_replay(self) -> None: ...
-
-    def leave_replay(self) -> None: ...
 
 
 class Double(nn.Module):
@@ -91,21 +40,6 @@ class Cached(nn.Module):
         return cache.sum(0)
 
 
-def wrap(
-    model: nn.Module,
-    recorder: Rerun | None = None,
-    strategy: GraphDeploymentStrategy = GraphDeploymentStrategy.aggressive,
-    min_speedup: float = 1.02,
-    memory_budget_bytes: int | None = None,
-) -> tuple[GraphedCall, Rerun]:
-    """Captures in the first call of a kind, whatever became of other kinds: most tests are not about when."""
-    recorder = recorder or Rerun()
-    manager = CUDAGraphManager(recorder, terms(strategy, min_speedup), num_warmup_calls=2, memory_budget_bytes=memory_budget_bytes)
-    graphed = GraphedCall(model, model._compiled_call_impl or model._call_impl, manager)
-    model._compiled_call_impl = graphed
-    return graphed, recorder
-
-
 @pytest.fixture(autouse=True)
 def _no_grad() -> Any:
     with torch.inference_mode():
@@ -116,7 +50,7 @@ def reasons(graphed: GraphedCall) -> list[str]:
     return [decision["reason"] for decision in graphed.decisions]
 
 
-def test_a_key_is_recorded_once_and_replayed() -> None:
+def test_a_key_is_recorded_once_and_replayed(wrap: Any) -> None:
     model = Double()
     graphed, recorder = wrap(model)
     x = torch.arange(4.0)
@@ -126,14 +60,14 @@ def test_a_key_is_recorded_once_and_replayed() -> None:
     assert (decision["inputs"], decision["captured"], decision["speedup"], decision["copied_bytes"]) == ("float32[4]", True, 2.0, 0)
 
 
-def test_class_and_state_names_stay() -> None:
+def test_class_and_state_names_stay(wrap: Any) -> None:
     model = Double()
     wrap(model)
     assert type(model) is Double
     assert list(model.state_dict()) == ["weight"]
 
 
-def test_an_input_elsewhere_is_copied_in_and_the_first_one_is_left_alone() -> None:
+def test_an_input_elsewhere_is_copied_in_and_the_first_one_is_left_alone(wrap: Any) -> None:
     model = Double()
     graphed, recorder = wrap(model)
     first, second, third = torch.ones(4), torch.full((4,), 3.0), torch.full((4,), 5.0)
@@ -143,7 +77,7 @@ def test_an_input_elsewhere_is_copied_in_and_the_first_one_is_left_alone() -> No
     assert [decision["copied_bytes"] for decision in graphed.decisions] == [0, 16]
 
 
-def test_returned_tensors_are_not_overwritten_by_the_next_call() -> None:
+def test_returned_tensors_are_not_overwritten_by_the_next_call(wrap: Any) -> None:
     model = Double()
     wrap(model)
     x = torch.ones(4)
@@ -156,7 +90,7 @@ def test_returned_tensors_are_not_overwritten_by_the_next_call() -> None:
     "other",
     [lambda: ((torch.ones(5),), {}), lambda: ((torch.ones(4, dtype=torch.float64),), {}), lambda: ((torch.ones(4),), {"scale": 3.0})],
 )
-def test_other_shapes_types_and_values_get_a_graph_of_their_own(other: Callable[[], Any]) -> None:
+def test_other_shapes_types_and_values_get_a_graph_of_their_own(other: Callable[[], Any], wrap: Any) -> None:
     class Scale(nn.Module):
         def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
             return x * scale
@@ -171,7 +105,7 @@ def test_other_shapes_types_and_values_get_a_graph_of_their_own(other: Callable[
     assert recorder.num_recorded == 2
 
 
-def test_modes_are_part_of_the_key() -> None:
+def test_modes_are_part_of_the_key(wrap: Any) -> None:
     model = Double()
     _, recorder = wrap(model)
     x = torch.ones(4)
@@ -181,7 +115,7 @@ def test_modes_are_part_of_the_key() -> None:
     assert recorder.num_recorded == 2
 
 
-def test_slow_replays_are_not_kept_and_both_figures_are_recorded() -> None:
+def test_slow_replays_are_not_kept_and_both_figures_are_recorded(wrap: Any, Rerun: Any) -> None:
     model = Double()
     graphed, recorder = wrap(model, Rerun(plain_ms=1.01, replay_ms=1.0))
     x = torch.ones(4)
@@ -194,7 +128,7 @@ def test_slow_replays_are_not_kept_and_both_figures_are_recorded() -> None:
     assert decision["reason"] == "replay is not kept: 1.010 times the plain call's speed; 1.02 asked for"
 
 
-def test_a_tensor_that_the_call_writes_to_is_written_in_place() -> None:
+def test_a_tensor_that_the_call_writes_to_is_written_in_place(wrap: Any) -> None:
     model = Cached()
     graphed, recorder = wrap(model)
     cache = torch.zeros(3, 2)
@@ -206,7 +140,7 @@ def test_a_tensor_that_the_call_writes_to_is_written_in_place() -> None:
     assert recorder.num_replays > 0
 
 
-def test_another_cache_is_written_itself_not_the_first_one() -> None:
+def test_another_cache_is_written_itself_not_the_first_one(wrap: Any) -> None:
     model = Cached()
     wrap(model)
     x, position = torch.ones(1, 2), torch.tensor([0, 0])[:1]
@@ -218,7 +152,7 @@ def test_another_cache_is_written_itself_not_the_first_one() -> None:
     assert second.tolist() == [[9.0, 9.0], [5.0, 5.0]]
 
 
-def test_a_new_cache_in_every_call_ends_capture() -> None:
+def test_a_new_cache_in_every_call_ends_capture(wrap: Any) -> None:
     model = Cached()
     graphed, _ = wrap(model)
     caches = [torch.zeros(2, 2) for _ in range(4)]
@@ -230,7 +164,7 @@ def test_a_new_cache_in_every_call_ends_capture() -> None:
     )
 
 
-def test_the_first_call_counts_once_though_it_runs_many_times() -> None:
+def test_the_first_call_counts_once_though_it_runs_many_times(wrap: Any) -> None:
     class Count(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -246,7 +180,7 @@ def test_the_first_call_counts_once_though_it_runs_many_times() -> None:
     assert [model(x)[0].item() for _ in range(3)] == [1.0, 2.0, 3.0]
 
 
-def test_running_statistics_are_updated_once_a_call() -> None:
+def test_running_statistics_are_updated_once_a_call(wrap: Any) -> None:
     model = nn.BatchNorm1d(2, momentum=0.5).train()
     wrap(model)
     x = torch.tensor([[0.0, 2.0], [4.0, 2.0]])
@@ -258,7 +192,7 @@ def test_running_statistics_are_updated_once_a_call() -> None:
     assert int(model.num_batches_tracked) == 2
 
 
-def test_random_numbers_go_on_as_without_capture() -> None:
+def test_random_numbers_go_on_as_without_capture(wrap: Any) -> None:
     model = nn.Dropout(0.5)
     wrap(model)
     x = torch.ones(32)
@@ -268,7 +202,7 @@ def test_random_numbers_go_on_as_without_capture() -> None:
     assert torch.equal(model(x), expected)
 
 
-def test_a_call_that_changes_python_state_is_never_captured() -> None:
+def test_a_call_that_changes_python_state_is_never_captured(wrap: Any) -> None:
     class Counter(nn.Module):
         calls = 0
 
@@ -284,7 +218,7 @@ def test_a_call_that_changes_python_state_is_never_captured() -> None:
     assert reasons(graphed) == ["the call changes Python attributes, which a replay would not"]
 
 
-def test_a_model_that_fills_a_cache_in_its_first_call_is_captured_in_the_second() -> None:
+def test_a_model_that_fills_a_cache_in_its_first_call_is_captured_in_the_second(wrap: Any) -> None:
     class Lazy(nn.Module):
         table: torch.Tensor | None = None
 
@@ -302,7 +236,7 @@ def test_a_model_that_fills_a_cache_in_its_first_call_is_captured_in_the_second(
     assert model(x).tolist() == [1.0] * 4
 
 
-def test_weights_updated_in_place_are_seen_and_replaced_ones_drop_the_graph() -> None:
+def test_weights_updated_in_place_are_seen_and_replaced_ones_drop_the_graph(wrap: Any) -> None:
     model = Double()
     graphed, recorder = wrap(model)
     x = torch.ones(4)
@@ -320,7 +254,7 @@ def test_weights_updated_in_place_are_seen_and_replaced_ones_drop_the_graph() ->
     ]
 
 
-def test_a_replaced_submodule_and_a_changed_mode_drop_the_graph() -> None:
+def test_a_replaced_submodule_and_a_changed_mode_drop_the_graph(wrap: Any) -> None:
     model = nn.Sequential(nn.ReLU(), nn.Dropout(1.0)).eval()
     wrap(model)
     x = torch.ones(2)
@@ -331,7 +265,7 @@ def test_a_replaced_submodule_and_a_changed_mode_drop_the_graph() -> None:
     assert model(x).tolist() == [1.0, 1.0]
 
 
-def test_hooks_are_run_and_stop_capture() -> None:
+def test_hooks_are_run_and_stop_capture(wrap: Any) -> None:
     model = nn.Sequential(nn.ReLU())
     graphed, recorder = wrap(model)
     x = torch.ones(2)
@@ -350,7 +284,7 @@ def test_hooks_are_run_and_stop_capture() -> None:
     assert recorder.num_replays == replays + 1
 
 
-def test_gradients_go_straight_through_and_are_right() -> None:
+def test_gradients_go_straight_through_and_are_right(wrap: Any) -> None:
     with torch.inference_mode(False):
         model = Double()
         graphed, recorder = wrap(model)
@@ -361,7 +295,7 @@ def test_gradients_go_straight_through_and_are_right() -> None:
         assert reasons(graphed) == ["gradients are enabled: capture is for no_grad and inference_mode"]
 
 
-def test_a_failed_capture_falls_back_with_its_reason_and_undoes_what_it_did() -> None:
+def test_a_failed_capture_falls_back_with_its_reason_and_undoes_what_it_did(wrap: Any, Rerun: Any) -> None:
     model = Cached()
     recorder = Rerun()
     recorder.failure = "operation not permitted when stream is capturing\nmore"
@@ -373,7 +307,7 @@ def test_a_failed_capture_falls_back_with_its_reason_and_undoes_what_it_did() ->
 
 
 @pytest.mark.parametrize("index", ["item", "mask"])
-def test_a_call_that_needs_a_value_on_the_host_is_not_recorded(index: str) -> None:
+def test_a_call_that_needs_a_value_on_the_host_is_not_recorded(index: str, wrap: Any) -> None:
     class Value(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x * x.sum().item() if index == "item" else x[x > 0] * 2
@@ -386,7 +320,7 @@ def test_a_call_that_needs_a_value_on_the_host_is_not_recorded(index: str) -> No
     assert (recorder.num_recorded, reasons(graphed)) == (0, [f"the call waits for a value of the device: {name} in Value"])
 
 
-def test_an_error_of_the_call_itself_reaches_the_caller() -> None:
+def test_an_error_of_the_call_itself_reaches_the_caller(wrap: Any) -> None:
     model = Double()
     graphed, _ = wrap(model)
     with pytest.raises(RuntimeError, match="size of tensor"):
@@ -395,7 +329,7 @@ def test_an_error_of_the_call_itself_reaches_the_caller() -> None:
     assert model(torch.ones(4)).tolist() == [2.0] * 4
 
 
-def test_structures_go_in_and_come_out() -> None:
+def test_structures_go_in_and_come_out(wrap: Any) -> None:
     class Pair(nn.Module):
         def forward(self, x: dict[str, torch.Tensor], *, names: list[str]) -> dict[str, Any]:
             return {"sum": x["a"] + x["b"], "same": x["a"], "names": names, "view": x["b"][:1]}
@@ -411,7 +345,7 @@ def test_structures_go_in_and_come_out() -> None:
     assert recorder.num_replays > 0
 
 
-def test_an_output_object_with_tensors_of_its_own_is_refused() -> None:
+def test_an_output_object_with_tensors_of_its_own_is_refused(wrap: Any) -> None:
     class Box:
         def __init__(self, value: torch.Tensor) -> None:
             self.value = value
@@ -426,7 +360,7 @@ def test_an_output_object_with_tensors_of_its_own_is_refused() -> None:
     assert reasons(graphed) == ["capture failed: the output holds a Box, whose tensors the next replay would overwrite"]
 
 
-def test_a_cache_object_is_compared_by_what_it_holds() -> None:
+def test_a_cache_object_is_compared_by_what_it_holds(wrap: Any) -> None:
     class Cache:
         def __init__(self) -> None:
             self.keys = [torch.zeros(2)]
@@ -448,7 +382,7 @@ def test_a_cache_object_is_compared_by_what_it_holds() -> None:
     assert (cache.length, recorder.num_recorded) == (3, 2)
 
 
-def test_expanded_inputs_are_never_copied_into() -> None:
+def test_expanded_inputs_are_never_copied_into(wrap: Any) -> None:
     class Add(nn.Module):
         def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
             return x + mask
@@ -460,7 +394,7 @@ def test_expanded_inputs_are_never_copied_into() -> None:
         assert model(x, torch.full((1, 2), value).expand(2, 2)).tolist() == [[value] * 2] * 2
 
 
-def test_a_second_thread_goes_straight_through() -> None:
+def test_a_second_thread_goes_straight_through(wrap: Any) -> None:
     inside, leave = threading.Event(), threading.Event()
 
     class Wait(nn.Module):
@@ -487,7 +421,7 @@ def test_a_second_thread_goes_straight_through() -> None:
     assert [decision["inputs"] for decision in graphed.decisions] == ["float32[2]"]
 
 
-def test_kinds_of_arguments_beyond_the_budget_push_out_those_not_used_lately() -> None:
+def test_kinds_of_arguments_beyond_the_budget_push_out_those_not_used_lately(wrap: Any, Rerun: Any) -> None:
     model = Double()
     graphed, recorder = wrap(model, Rerun(held_bytes=100), memory_budget_bytes=350)
     x = torch.ones(4)
@@ -501,7 +435,7 @@ def test_kinds_of_arguments_beyond_the_budget_push_out_those_not_used_lately() -
     assert [d["reason"] for d in graphed.decisions if "evicted" in d["reason"]] == ["evicted: over the budget of 350 bytes"] * 2
 
 
-def test_a_graph_over_the_budget_by_itself_is_not_kept() -> None:
+def test_a_graph_over_the_budget_by_itself_is_not_kept(wrap: Any, Rerun: Any) -> None:
     model = Double()
     graphed, recorder = wrap(model, Rerun(held_bytes=100), memory_budget_bytes=99)
     x = torch.ones(4)
@@ -510,7 +444,7 @@ def test_a_graph_over_the_budget_by_itself_is_not_kept() -> None:
     assert graphed.manager.statistics["held_bytes"] == 0
 
 
-def test_an_evicted_kind_is_recorded_again_only_after_twice_its_calls() -> None:
+def test_an_evicted_kind_is_recorded_again_only_after_twice_its_calls(wrap: Any, Rerun: Any) -> None:
     model = Double()
     graphed, recorder = wrap(model, Rerun(held_bytes=100), memory_budget_bytes=100)
     x = torch.ones(4)
@@ -521,7 +455,7 @@ def test_an_evicted_kind_is_recorded_again_only_after_twice_its_calls() -> None:
     assert recorder.num_recorded == 3
 
 
-def test_it_wraps_a_compiled_call() -> None:
+def test_it_wraps_a_compiled_call(wrap: Any, Rerun: Any) -> None:
     model = Double()
     model.compile(backend="eager", fullgraph=True)
     recorder = Rerun()
@@ -531,7 +465,7 @@ def test_it_wraps_a_compiled_call() -> None:
     assert recorder.num_recorded == 1
 
 
-def test_tracing_by_an_outer_compile_sees_the_plain_call() -> None:
+def test_tracing_by_an_outer_compile_sees_the_plain_call(wrap: Any) -> None:
     model = Double()
     graphed, recorder = wrap(model)
     outer = torch.compile(lambda x: model(x) + 1, backend="eager", fullgraph=True)
