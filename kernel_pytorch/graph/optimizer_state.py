@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from operator import getitem, is_
+from operator import attrgetter, getitem, is_
 from typing import Any
 
 import torch
 from torch.optim import LBFGS, Optimizer
+
+_REQUIRES_GRAD = attrgetter("requires_grad")
+_SAMPLED = 16
 
 
 def refusal(optimizer: Optimizer, device: torch.device) -> str | None:
@@ -53,38 +56,38 @@ def has_hooks(optimizer: Optimizer) -> bool:
 
 
 class OptimizerGuard:
-    """Remembers which parameters and which state tensors an optimizer updates. A recorded step holds their addresses."""
+    """Remembers which parameters and which state tensors an optimizer updates. A recorded step holds their addresses, of which a
+    ModuleGuard compares the parameters', and this one a sample of the state's: whoever moves state elsewhere moves all of it."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        self._num_states = len(optimizer.state)
-        params = [(group["params"], index, p) for group in optimizer.param_groups for index, p in enumerate(group["params"])]
-        slots = [*params, *(slot for slot in _state_slots(optimizer) if isinstance(slot[2], torch.Tensor))]
         self._owners = (optimizer.state, optimizer.param_groups)
+        self._num_states = len(optimizer.state)
+        slots = [slot for slot in _state_slots(optimizer) if isinstance(slot[2], torch.Tensor)]
         self._containers = [container for container, _, _ in slots]
         self._keys = [key for _, key, _ in slots]
         self._tensors = [tensor for _, _, tensor in slots]
-        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
-        self._parameters = [parameter for _, _, parameter in params]
-        self._trained = [parameter.requires_grad for parameter in self._parameters]
+        self._sample = self._tensors[:: max(1, len(self._tensors) // _SAMPLED)]
+        self._addresses = [tensor.data_ptr() for tensor in self._sample]
+        self._parameters = [list(group["params"]) for group in optimizer.param_groups]
+        self._trained = [list(map(_REQUIRES_GRAD, params)) for params in self._parameters]
 
     def broken(self) -> str | None:
         """What changed since, or None. Runs before every replay, so it stays in C where it can."""
-        optimizer = self._optimizer
-        if (
-            optimizer.state is not self._owners[0]
-            or optimizer.param_groups is not self._owners[1]
-            or len(optimizer.state) != self._num_states
-        ):
+        state, groups = self._optimizer.state, self._optimizer.param_groups
+        if state is not self._owners[0] or groups is not self._owners[1] or len(state) != self._num_states:
             return "the optimizer's state was replaced"
+        for group, params, trained in zip(groups, self._parameters, self._trained, strict=False):
+            if len(group["params"]) != len(params) or not all(map(is_, group["params"], params)):
+                return "a parameter of the optimizer was replaced"
+            if list(map(_REQUIRES_GRAD, params)) != trained:
+                return "a parameter was frozen or freed"
         try:
             same = all(map(is_, map(getitem, self._containers, self._keys), self._tensors))
         except (KeyError, IndexError):
             same = False
-        if not same or list(map(torch.Tensor.data_ptr, self._tensors)) != self._addresses:
-            return "a tensor of the optimizer was replaced"
-        if [parameter.requires_grad for parameter in self._parameters] != self._trained:
-            return "a parameter was frozen or freed"
+        if not same or list(map(torch.Tensor.data_ptr, self._sample)) != self._addresses:
+            return "a tensor of the optimizer's state was replaced"
         return None
 
 

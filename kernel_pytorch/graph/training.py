@@ -228,7 +228,6 @@ class GraphedTrainStep:
             return self._plain(*static_inputs)
 
         self._recorder.warm_up(recorded, self._num_warmup_steps)
-        watch.restore()
         params = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         # The last gradients of warm-up: the capture's own take their place in the graph's memory.
         self._optimizer.zero_grad(set_to_none=True)

@@ -246,6 +246,10 @@ def _replace_parameter(model: Any, optimizer: torch.optim.Optimizer) -> None:
 CHANGES: dict[str, Callable[[Any, torch.optim.Optimizer], Any]] = {
     "parameter": _replace_parameter,
     "optimizer state": lambda _, optimizer: optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict())),
+    "optimizer state of one": lambda model, optimizer: optimizer.state[model[0].weight].update(exp_avg=torch.zeros(4, 3, 3, 3)),
+    "optimizer state moved": lambda _, optimizer: [
+        value.set_(value.clone()) for state in optimizer.state.values() for value in state.values()
+    ],
     "buffer": lambda model, _: setattr(model[1], "running_mean", torch.zeros(4)),
     "frozen": lambda model, _: model[0].requires_grad_(False),
 }
