@@ -6,12 +6,10 @@ equal their values, never Literal; no unions of classes. Nothing here imports to
 
 from __future__ import annotations
 
-import difflib
-import re
 from dataclasses import field
 from typing import Annotated, Dict, List, Optional
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from kernel_pytorch.choices import (
@@ -27,8 +25,10 @@ from kernel_pytorch.choices import (
     SdpaBackend,
     WeightGranularity,
 )
-from kernel_pytorch.formats import DTYPES, FORMATS
-from kernel_pytorch.registry import hardware_names, is_hardware
+from kernel_pytorch.formats import FORMATS
+from kernel_pytorch.values import KEEP as KEEP
+from kernel_pytorch.values import ActivationFormat, Assignment, DtypeName, DynamicDimName, FormatName, HardwareName, one_of_numbers
+from kernel_pytorch.values import nearest as nearest
 
 # Raised only when the meaning of an existing value changes; a new field with a default leaves it alone.
 SCHEMA_VERSION = 1
@@ -37,67 +37,6 @@ SCHEMA_VERSION = 1
 OPTIMIZER_GROUPS = ("attention", "fusion", "precision", "memory", "compile", "graph")
 RECIPE_GROUPS = ("backend", *OPTIMIZER_GROUPS)
 RUN_GROUPS = ("model", "data", "verify", "measure")
-
-
-def nearest(word: str, allowed: tuple[str, ...] | list[str]) -> str:
-    """ " (did you mean 'x'?)" for the closest allowed word, or an empty string."""
-    close = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _one_of(allowed: tuple[str, ...]) -> AfterValidator:
-    def check(value: str) -> str:
-        if value not in allowed:
-            raise ValueError(f"found {value!r}; allowed {', '.join(allowed)}{nearest(value, allowed)}")
-        return value
-
-    return AfterValidator(check)
-
-
-def _hardware(value: str) -> str:
-    if not is_hardware(value):
-        allowed = hardware_names()
-        raise ValueError(f"found {value!r}; allowed {', '.join(allowed)}{nearest(value, allowed)}")
-    return value
-
-
-def _one_of_numbers(allowed: tuple[int, ...]) -> AfterValidator:
-    def check(value: int) -> int:
-        if value not in allowed:
-            raise ValueError(f"found {value}; allowed {', '.join(map(str, allowed))}")
-        return value
-
-    return AfterValidator(check)
-
-
-def _assignment(text: str) -> str:
-    pattern, equals, name = (part.strip() for part in text.rpartition("="))
-    if not equals or not pattern:
-        raise ValueError(f"found {text!r}; allowed PATTERN=FORMAT, such as '*.down_proj=int8'")
-    if name not in (*FORMATS, KEEP):
-        raise ValueError(f"found format {name!r} in {text!r}; allowed {', '.join(FORMATS)}, {KEEP}{nearest(name, (*FORMATS, KEEP))}")
-    return f"{pattern}={name}"
-
-
-# ARGUMENT:DIM, then @SIZE where several sizes change independently, then =VALUE where the model relies on the padding's value.
-DYNAMIC_DIM = re.compile(r"(?P<argument>[A-Za-z_]\w*|\d+):(?P<dim>-?\d+)(?:@(?P<size>[A-Za-z_]\w*))?(?:=(?P<value>-?\d+(?:\.\d+)?))?")
-
-
-def _dynamic_dim(text: str) -> str:
-    if not DYNAMIC_DIM.fullmatch(text):
-        raise ValueError(f"found {text!r}; allowed ARGUMENT:DIM[@SIZE][=VALUE], such as input_ids:1, 'mask:1=0' or 'images:0@batch'")
-    return text
-
-
-# Instead of a format in `weight.assign`: the module stays as it is.
-KEEP = "keep"
-FormatName = Annotated[str, _one_of(tuple(FORMATS))]
-# Formats that inputs of a layer can be quantized to.
-ActivationFormat = Annotated[str, _one_of(("int8", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "nvfp4"))]
-Assignment = Annotated[str, AfterValidator(_assignment)]
-DynamicDimName = Annotated[str, AfterValidator(_dynamic_dim)]
-DtypeName = Annotated[str, _one_of(DTYPES)]
-HardwareName = Annotated[str, AfterValidator(_hardware)]
 
 
 @dataclass
@@ -143,7 +82,7 @@ class WeightConfig:
         WeightGranularity.channel
     )
     group_size: Annotated[
-        int, _one_of_numbers((32, 64, 128)), Field(description="int4: values that share a scale and a zero (32, 64, 128)")
+        int, one_of_numbers((32, 64, 128)), Field(description="int4: values that share a scale and a zero (32, 64, 128)")
     ] = 64
     scale_search: Annotated[ScaleSearch, Field(description="nvfp4: how block scales are picked, offline; free when the model runs")] = (
         ScaleSearch.search

@@ -33,7 +33,7 @@ TARGETS: dict[str, Target] = {
     "kernel_pytorch.compile.inductor.InductorCompile": Target("compile", ("mode", "fullgraph", "dynamic")),
     "kernel_pytorch.compile.regional.RegionalCompile": Target("compile", ("include", "exclude", "mode", "fullgraph", "dynamic")),
     "kernel_pytorch.graph.capture.CaptureWholeCall": Target(
-        "graph", ("strategy", "num_warmup_calls", "min_speedup", "memory_budget_bytes")
+        "graph", ("strategy", "num_warmup_calls", "min_speedup", "memory_budget_bytes", "dynamic_dims", "bucketing")
     ),
     "kernel_pytorch.models.minilm.MiniLM": Target("model", ("dtype",)),
     "kernel_pytorch.models.decoder.DecoderSource": Target("model", ("preset", "dtype", "phase")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
@@ -66,17 +67,18 @@ class BucketedCall:
     one. With graphs inside, that is one graph a bucket instead of one a size.
 
     The first padded call of every bucket is checked on its own arguments (see check_padding) and answered by the plain call;
-    where the check fails, no call of its kind is padded any more, and `report` says why. Calls go to `plain` as they are when
-    they cannot be padded: sizes beyond the last bucket, gradients enabled, another thread inside, arguments that are written
+    where the check fails, no call of its kind is padded any more, and `report` says why. Calls go to `straight` as they are
+    when they cannot be padded: sizes beyond the last bucket, gradients enabled, another thread inside, arguments that are written
     to or that are objects (a KV cache). A call of exactly a bucket's sizes is not padded and needs no check.
 
     An output that is an argument comes back as that argument. Cut outputs are contiguous where the plain ones are. The check
     holds for the model as it was: parameters or buffers that are replaced or written to (but for `.data`, which leaves no
     trace) and modes that change make it run again.
 
-    inner: what runs padded calls. plain: the same function, of any size, without state of its own; None is `inner`.
-    model: whose signature the declarations are of. tile: see make_buckets. static_inputs: padded arguments are always in the
-    same memory, as graphs want them. num_captures: graphs recorded by `inner` so far. busy: someone else captures now."""
+    inner: what runs padded calls. plain: the same function, of any size, without state of its own; None is `inner`. straight:
+    what runs calls that are not padded; None is `plain`. checking: entered while a call is checked. model: whose signature the
+    declarations are of. tile: see make_buckets. static_inputs: padded arguments are always in the same memory, as graphs
+    want them. num_captures: graphs recorded by `inner` so far. busy: someone else captures now."""
 
     def __init__(
         self,
@@ -86,12 +88,15 @@ class BucketedCall:
         bucketing: BucketingConfig,
         *,
         plain: Callable[..., Any] | None = None,
+        straight: Callable[..., Any] | None = None,
+        checking: Callable[[], AbstractContextManager[Any]] = nullcontext,
         tile: int | None = None,
         static_inputs: bool = False,
         num_captures: Callable[[], int] = lambda: 0,
         busy: Callable[[], bool] = lambda: False,
     ) -> None:
         self._model, self._inner, self._plain = model, inner, plain or inner
+        self._unpadded, self._checking = straight or self._plain, checking
         self._static_inputs, self._num_captures, self._busy = static_inputs, num_captures, busy
         self._declarations = Declarations(model.forward, dynamic_dims)
         self._buckets = {name: make_buckets(bucketing, tile) for name in self._declarations.size_names}
@@ -218,7 +223,7 @@ class BucketedCall:
         device = found.tensors[0].device
         rng, state = _rng_state(device), python_state(self._model)
         watch = WriteWatch(device.type)
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), self._checking():
             try:
                 with watch:
                     result = self._plain(*args, **kwargs)
@@ -315,7 +320,7 @@ class BucketedCall:
 
     def _straight(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._report.straight(reason)
-        return self._plain(*args, **kwargs)
+        return self._unpadded(*args, **kwargs)
 
 
 def _rng_state(device: torch.device) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 
 from kernel_pytorch.errors import NoEffectError
 from kernel_pytorch.graph.inputs import is_plain, value_key
-from kernel_pytorch.schema import DYNAMIC_DIM
+from kernel_pytorch.values import DYNAMIC_DIM
 
 # Name of the size of dims that are declared without one.
 DEFAULT_SIZE = "size"

@@ -24,6 +24,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("errors", "cache", "choices", "formats", "devices", "targets", "paths"),
     ("registry",),
+    ("values",),
     ("schema",),
     ("optimizer",),
     ("kernels",),
@@ -35,7 +36,21 @@ LAYERS = (
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 SIX_GROUPS = set(schema.OPTIMIZER_GROUPS)
 # Facts with no torch in them, which any layer above schema may read.
-TORCH_FREE = ("errors", "cache", "choices", "formats", "devices", "targets", "paths", "registry", "schema", "recipe", "report", "cli")
+TORCH_FREE = (
+    "errors",
+    "cache",
+    "choices",
+    "formats",
+    "devices",
+    "targets",
+    "paths",
+    "registry",
+    "values",
+    "schema",
+    "recipe",
+    "report",
+    "cli",
+)
 
 
 @cache
