@@ -53,12 +53,14 @@ def _assignment(text: str) -> str:
 
 
 # ARGUMENT:DIM, then @SIZE where several sizes change independently, then =VALUE where the model relies on the padding's value.
-DYNAMIC_DIM = re.compile(r"(?P<argument>[A-Za-z_]\w*|\d+):(?P<dim>-?\d+)(?:@(?P<size>[A-Za-z_]\w*))?(?:=(?P<value>-?\d+(?:\.\d+)?))?")
+DYNAMIC_DIM = re.compile(
+    r"(?P<argument>[A-Za-z_]\w*|\d+):(?P<dim>-?\d+)(?:@(?P<size>[A-Za-z_]\w*))?(?:=(?P<value>-?(?:inf|\d+(?:\.\d+)?(?:e[+-]?\d+)?)))?"
+)
 
 
 def _dynamic_dim(text: str) -> str:
     if not DYNAMIC_DIM.fullmatch(text):
-        raise ValueError(f"found {text!r}; allowed ARGUMENT:DIM[@SIZE][=VALUE], such as input_ids:1, 'mask:1=0' or 'images:0@batch'")
+        raise ValueError(f"found {text!r}; allowed ARGUMENT:DIM[@SIZE][=VALUE], such as input_ids:1, bias:3=-inf or images:0@batch")
     return text
 
 

@@ -83,7 +83,8 @@ class Found:
 
     def shortened(self, sizes: Mapping[str, int]) -> Found:
         """The same call with the ends of its dynamic dims cut off."""
-        tensors = [_part(tensor, dims, sizes) for tensor, dims in zip(self.tensors, self.dims, strict=True)]
+        # As a caller would have made them: a model may not take a part of a tensor.
+        tensors = [_part(tensor, dims, sizes).contiguous() for tensor, dims in zip(self.tensors, self.dims, strict=True)]
         return Found(tensors, self.where, self.dims, self.values, self.kept, dict(sizes))
 
 
@@ -136,6 +137,8 @@ class Declarations:
                 continue
             if not isinstance(tensor, torch.Tensor) or not is_plain(tensor) or tensor.layout is not torch.strided:
                 return f"{argument.name} is a {type(tensor).__name__}, not a plain tensor"
+            if not (tensor.is_floating_point() or tensor.is_complex() or argument.value.is_integer()):
+                return f"{argument.name} is of {str(tensor.dtype).removeprefix('torch.')}, which has no {argument.value}"
             dims: dict[int, str] = {}
             for dim, size in argument.dims:
                 if not -tensor.dim() <= dim < tensor.dim():

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from kernel_pytorch.choices import BucketStrategy
 from kernel_pytorch.errors import NoEffectError
 from kernel_pytorch.graph.bucketed_call import BucketedCall
-from kernel_pytorch.schema import BucketingConfig
+from kernel_pytorch.schema import BucketingConfig, GraphConfig
 
 
 class Counted:
@@ -317,6 +317,59 @@ def test_a_declared_value_fills_the_padding() -> None:
     zeros, _ = wrap(Max(), "x:1=0")
     zeros(x)
     assert straight(zeros)[0].startswith("output 0 of a call of size 5 differs when it is padded")
+
+
+def test_a_bias_is_padded_with_minus_infinity() -> None:
+    class Biased(nn.Module):
+        def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+            return F.scaled_dot_product_attention(x, x, x, attn_mask=bias)
+
+    call, inner = wrap(Biased(), "x:1", "bias:1=-inf", "bias:2=-inf")
+    for length in (5, 6, 7):
+        x, bias = torch.randn(2, length, 4), torch.randn(2, length, length)
+        assert torch.allclose(call(x, bias), Biased()(x, bias), atol=1e-6)
+    assert inner.shapes == [(2, 8, 4)] * 2
+    zero, _ = wrap(Biased(), "x:1", "bias:1", "bias:2")
+    zero(x, bias)
+    assert straight(zero)[0].startswith("output 0 of a call of size 7 d")
+    whole, _ = wrap(Tokens(), "input_ids:1=0.5")
+    whole(ids(2, 5))
+    assert straight(whole) == ["input_ids is of int64, which has no 0.5"]
+
+
+def test_a_model_that_takes_no_parts_of_tensors_is_checked_with_whole_ones() -> None:
+    class Views(Tokens):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(input_ids.view(-1)).view(*input_ids.shape, 16)
+
+    call, inner = wrap(Views(), "input_ids:1")
+    for length in (5, 6):
+        assert call(ids(2, length)).shape == (2, length, 16)
+    assert inner.shapes == [(2, 8)]
+
+
+def test_runs_that_differ_anyway_are_judged_by_how_much() -> None:
+    class Noisy(nn.Module):
+        """As sums in no fixed order: each run is off by some 1e-7, from a generator that nobody looks at."""
+
+        def __init__(self, leak: float) -> None:
+            super().__init__()
+            self.leak, self.generator = leak, torch.Generator().manual_seed(0)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            noise = torch.randn(x.shape[0], generator=self.generator)[:, None, None] * 1e-7
+            return x * (1 + noise) + self.leak * x.sum(1, keepdim=True)
+
+    x = 1 + torch.rand(2, 5, 4)
+    call, inner = wrap(Noisy(0.0), "x:1")
+    for _ in range(2):
+        assert torch.allclose(call(x), x)
+    assert len(inner.shapes) == 1
+    leaking, inner = wrap(Noisy(1e-4), "x:1")
+    for _ in range(2):
+        leaking(x)
+    assert inner.shapes == []
+    assert straight(leaking)[0].startswith("output 0 of a call of size 5 depends on what the padding holds: relative L2 error 0.00")
 
 
 def test_two_sizes_are_told_apart_even_where_they_are_equal() -> None:
@@ -692,3 +745,16 @@ def test_any_sequence_of_sizes_is_exact(strategy: str, calls: list[tuple[int, in
             assert torch.allclose(actual.hidden, expected.hidden, atol=1e-5)
             assert torch.allclose(actual.pooled, expected.pooled, atol=1e-5)
             assert torch.allclose(actual.extra["scores"], expected.extra["scores"], atol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["x", "x:", "x:1@", "x:1=", "x:1.5", "x.y:1", "x:1=abc", "x:1@2", ":1"])
+def test_what_is_no_declaration_is_said(text: str) -> None:
+    with pytest.raises(ValueError, match=r"allowed ARGUMENT:DIM\[@SIZE\]\[=VALUE\], such as input_ids:1"):
+        GraphConfig(dynamic_dims=[text])
+    with pytest.raises(ValueError, match="allowed ARGUMENT:DIM"):
+        wrap(Mean(), text)
+
+
+@pytest.mark.parametrize("text", ["x:1", "0:-1", "x:0@batch", "x:1=-inf", "x:1@length=-1e9", "x:2=0.5"])
+def test_what_is_a_declaration(text: str) -> None:
+    assert GraphConfig(dynamic_dims=[text]).dynamic_dims == [text]
