@@ -1,7 +1,6 @@
 """Everything about the graphed training step but the CUDA graph: what it changes, when it replays, what it notices.
 
-`Rerun` records a step by keeping its loss and replays it by running it again into that: like a graph it reads fixed memory.
-Unlike one it trains while it records, so that what is not put back shows in the loss."""
+`Rerun` records a step by running it: unlike a CUDA graph it trains while it records, so that what is not put back shows."""
 
 from __future__ import annotations
 
@@ -19,54 +18,7 @@ from torch.nn import functional as F
 from kernel_pytorch.choices import GraphDeploymentStrategy
 from kernel_pytorch.errors import UnsupportedOperationError
 from kernel_pytorch.graph.optimizer_state import refusal
-from kernel_pytorch.graph.recorder import Recorder, Recording
-from kernel_pytorch.graph.timing import Comparison
 from kernel_pytorch.graph.training import GraphedTrainStep
-
-
-class Rerun(Recorder):
-    def __init__(self, plain_ms: float = 2.0, failure: BaseException | None = None) -> None:
-        super().__init__(torch.device("cpu"))
-        self.comparison = Comparison(plain_ms, 1.0, 20)
-        self.failure = failure
-        self.num_recorded = self.num_replays = 0
-
-    def busy(self) -> bool:
-        return False
-
-    def warm_up(self, call: Callable[[], Any], num_calls: int) -> None:
-        for _ in range(num_calls):
-            call()
-
-    def record(self, call: Callable[[], Any]) -> Recording:
-        self.num_recorded += 1
-        output = call()
-        if self.failure is not None:
-            raise self.failure
-
-        def replay() -> None:
-            self.num_replays += 1
-            output.copy_(call())
-
-        return Recording(output, replay)
-
-    def compare(self, plain: Callable[[], Any], replay: Callable[[], Any], undo: Callable[[], None], margin: float = 1.0) -> Comparison:
-        for call in (plain, replay, replay):
-            call()
-            undo()
-        self.num_replays = 0
-        return self.comparison
-
-    def rng_state(self) -> torch.Tensor:
-        return torch.get_rng_state()
-
-    def set_rng_state(self, state: torch.Tensor) -> None:
-        torch.set_rng_state(state)
-
-    def enter_replay(self) -> None: ...
-
-    def leave_replay(self) -> None: ...
-
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.1),
@@ -96,14 +48,12 @@ def batch(index: int, size: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
 class Pair:
     """The same network trained by a plain loop and by a GraphedTrainStep, from one random state each."""
 
-    def __init__(
-        self, make: Callable[[Any], torch.optim.Optimizer], recorder: Rerun | None = None, loss: Any = loss_fn, **options: Any
-    ) -> None:
+    def __init__(self, make: Callable[[Any], torch.optim.Optimizer], recorder: Any, loss: Any = loss_fn, **options: Any) -> None:
         self.plain = network()
         self.model = copy.deepcopy(self.plain)
         self.loss, self.after = loss, options.get("after")
         self.plain_optimizer, self.optimizer = make(self.plain.parameters()), make(self.model.parameters())
-        self.recorder = recorder or Rerun()
+        self.recorder = recorder
         after = (lambda: self.after(self.model)) if self.after else None
         strategy = options.get("strategy", GraphDeploymentStrategy.balanced)
         self.step = GraphedTrainStep(self.model, self.optimizer, loss, after_backward=after, strategy=strategy, recorder=self.recorder)
@@ -140,48 +90,76 @@ class Pair:
             assert all(torch.equal(one[key], other[key]) for key in other if isinstance(other[key], torch.Tensor))
 
     @property
+    def num_replays(self) -> int:
+        """Without those that were timed, one a recording."""
+        return self.recorder.num_replays - self.recorder.num_recorded
+
+    @property
     def reasons(self) -> list[str]:
         return [decision["reason"] for decision in self.step.decisions]
 
 
+Start = Callable[..., Pair]
+
+
+@pytest.fixture
+def start(Rerun: Any) -> Start:
+    """start(name of an optimizer): a Pair. plain_ms: what timing finds, beside a replay of 1 ms. failure: raised by recording."""
+
+    class Fails(Rerun):
+        error: BaseException
+
+        def record(self, call: Callable[[], Any]) -> Any:
+            super().record(call)
+            raise self.error
+
+    def make(name: str, plain_ms: float = 2.0, failure: BaseException | None = None, **options: Any) -> Pair:
+        recorder = Rerun(plain_ms=plain_ms) if failure is None else Fails()
+        if failure is not None:
+            recorder.error = failure
+        return Pair(OPTIMIZERS[name], recorder, **options)
+
+    return make
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_steps_equal_the_plain_loop_bit_for_bit(name: str) -> None:
-    pair = Pair(OPTIMIZERS[name])
+def test_steps_equal_the_plain_loop_bit_for_bit(start: Start, name: str) -> None:
+    pair = start(name)
     pair.assert_equal(range(8))
     # The first step is plain, the second records and is the first replay.
-    assert (pair.recorder.num_recorded, pair.recorder.num_replays) == (1, 7)
+    assert (pair.recorder.num_recorded, pair.num_replays) == (1, 7)
     decision = pair.step.decisions[0]
     assert (decision["captured"], decision["speedup"], decision["inputs"]) == (True, 2.0, "float32[6, 3, 8, 8], int64[6]")
     assert decision["copied_bytes"] == 6 * 3 * 8 * 8 * 4 + 6 * 8
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_graph_that_is_not_faster_is_not_kept_and_leaves_no_trace(name: str) -> None:
-    pair = Pair(OPTIMIZERS[name], Rerun(plain_ms=1.0))
+def test_a_graph_that_is_not_faster_is_not_kept_and_leaves_no_trace(start: Start, name: str) -> None:
+    pair = start(name, plain_ms=1.0)
     pair.assert_equal(range(4))
-    assert pair.recorder.num_replays == 0
+    assert pair.num_replays == 0
     assert pair.reasons == ["replay is not kept: 1.000 times the plain call's speed; 1.02 asked for"]
 
 
-def test_a_strategy_says_when_and_by_how_much() -> None:
-    pair = Pair(OPTIMIZERS["momentum"], Rerun(plain_ms=1.05), strategy=GraphDeploymentStrategy.conservative)
+def test_a_strategy_says_when_and_by_how_much(start: Start) -> None:
+    pair = start("momentum", plain_ms=1.05, strategy=GraphDeploymentStrategy.conservative)
     pair.assert_equal(range(4))
     assert pair.reasons == []
     pair.assert_equal(range(4, 6))
     assert pair.reasons == ["replay is not kept: 1.050 times the plain call's speed; 1.1 asked for"]
-    pair = Pair(OPTIMIZERS["momentum"], Rerun(plain_ms=1.0), strategy=GraphDeploymentStrategy.aggressive)
+    pair = start("momentum", plain_ms=1.0, strategy=GraphDeploymentStrategy.aggressive)
     pair.assert_equal(range(4))
-    assert pair.recorder.num_replays == 3
+    assert pair.num_replays == 3
 
 
-def test_a_failed_capture_leaves_no_trace() -> None:
-    pair = Pair(OPTIMIZERS["adamw"], Rerun(failure=RuntimeError("operation not permitted\nmore")))
+def test_a_failed_capture_leaves_no_trace(start: Start) -> None:
+    pair = start("adamw", failure=RuntimeError("operation not permitted\nmore"))
     pair.assert_equal(range(4))
     assert pair.reasons == ["capture failed: operation not permitted"]
 
 
-def test_an_error_of_the_callers_leaves_no_trace_and_passes_through() -> None:
-    pair = Pair(OPTIMIZERS["momentum"], Rerun(failure=KeyError("label")))
+def test_an_error_of_the_callers_leaves_no_trace_and_passes_through(start: Start) -> None:
+    pair = start("momentum", failure=KeyError("label"))
     pair.run(*batch(0))
     before, state = copy.deepcopy(pair.model.state_dict()), torch.get_rng_state()
     with pytest.raises(KeyError, match="label"):
@@ -190,15 +168,15 @@ def test_an_error_of_the_callers_leaves_no_trace_and_passes_through() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_returned_loss_is_not_overwritten() -> None:
-    pair = Pair(OPTIMIZERS["sgd"])
+def test_the_returned_loss_is_not_overwritten(start: Start) -> None:
+    pair = start("sgd")
     losses = [pair.step(*batch(index)) for index in range(4)]
     assert len({loss.item() for loss in losses}) == 4
     assert not any(loss.requires_grad for loss in losses)
 
 
-def test_a_changed_learning_rate_is_noticed_and_recorded_again() -> None:
-    pair = Pair(OPTIMIZERS["momentum"])
+def test_a_changed_learning_rate_is_noticed_and_recorded_again(start: Start) -> None:
+    pair = start("momentum")
     pair.assert_equal(range(4))
     pair.both(lambda _, optimizer: optimizer.param_groups[0].update(lr=0.01))
     pair.assert_equal(range(4, 8))
@@ -206,16 +184,16 @@ def test_a_changed_learning_rate_is_noticed_and_recorded_again() -> None:
     assert "a value of the optimizer changed that is a constant in the graph" in pair.reasons[1]
 
 
-def test_a_learning_rate_that_changes_in_every_step_is_never_recorded() -> None:
-    pair = Pair(OPTIMIZERS["sgd"])
+def test_a_learning_rate_that_changes_in_every_step_is_never_recorded(start: Start) -> None:
+    pair = start("sgd")
     for index in range(12):
         pair.both(lambda _, optimizer, lr=0.1 / (index + 1): optimizer.param_groups[0].update(lr=lr))
         pair.assert_equal(range(index, index + 1))
     assert pair.recorder.num_recorded == 0
 
 
-def test_recording_again_has_an_end_that_says_the_way_out() -> None:
-    pair = Pair(OPTIMIZERS["sgd"])
+def test_recording_again_has_an_end_that_says_the_way_out(start: Start) -> None:
+    pair = start("sgd")
     for index in range(30):
         pair.both(lambda _, optimizer, lr=0.1 / (index // 3 + 1): optimizer.param_groups[0].update(lr=lr))
         pair.assert_equal(range(index, index + 1))
@@ -223,17 +201,17 @@ def test_recording_again_has_an_end_that_says_the_way_out() -> None:
     assert pair.reasons[-1] == "recorded 8 times already; make the learning rate a tensor on the device"
 
 
-def test_other_shapes_and_eval_mode_are_plain_steps_and_the_graph_stays() -> None:
-    pair = Pair(OPTIMIZERS["adamw"])
+def test_other_shapes_and_eval_mode_are_plain_steps_and_the_graph_stays(start: Start) -> None:
+    pair = start("adamw")
     pair.assert_equal(range(3))
-    assert pair.recorder.num_replays == 2
+    assert pair.num_replays == 2
     pair.assert_equal(range(3, 4), size=2)
     pair.both(lambda model, _: model.eval())
     pair.assert_equal(range(4, 6))
     pair.both(lambda model, _: model.train())
-    assert pair.recorder.num_replays == 2
+    assert pair.num_replays == 2
     pair.assert_equal(range(6, 9))
-    assert (pair.recorder.num_recorded, pair.recorder.num_replays) == (1, 5)
+    assert (pair.recorder.num_recorded, pair.num_replays) == (1, 5)
 
 
 def _replace_parameter(model: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -256,8 +234,8 @@ CHANGES: dict[str, Callable[[Any, torch.optim.Optimizer], Any]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_replaced_tensors_drop_the_graph(name: str) -> None:
-    pair = Pair(OPTIMIZERS["adamw"])
+def test_replaced_tensors_drop_the_graph(start: Start, name: str) -> None:
+    pair = start("adamw")
     pair.assert_equal(range(3))
     pair.both(CHANGES[name])
     pair.assert_equal(range(3, 7))
@@ -265,29 +243,29 @@ def test_replaced_tensors_drop_the_graph(name: str) -> None:
     assert pair.recorder.num_recorded == 2
 
 
-def test_weights_loaded_in_place_are_read_by_the_graph() -> None:
-    pair = Pair(OPTIMIZERS["sgd"])
+def test_weights_loaded_in_place_are_read_by_the_graph(start: Start) -> None:
+    pair = start("sgd")
     pair.assert_equal(range(3))
     fresh = {name: value + 1 for name, value in network().state_dict().items()}
     pair.both(lambda model, _: model.load_state_dict(fresh))
     pair.assert_equal(range(3, 6))
-    assert (pair.recorder.num_recorded, pair.recorder.num_replays) == (1, 5)
+    assert (pair.recorder.num_recorded, pair.num_replays) == (1, 5)
 
 
-def test_gradients_are_clipped_between_backward_and_step() -> None:
+def test_gradients_are_clipped_between_backward_and_step(start: Start) -> None:
     calls = []
 
     def clip(model: nn.Module) -> None:
         calls.append(nn.utils.clip_grad_norm_(model.parameters(), 1e-3))
 
-    pair = Pair(OPTIMIZERS["sgd"], after=clip)
+    pair = start("sgd", after=clip)
     pair.assert_equal(range(5))
     assert calls
-    assert pair.recorder.num_replays == 4
+    assert pair.num_replays == 4
 
 
-def test_a_caller_may_drop_gradients_between_steps() -> None:
-    pair = Pair(OPTIMIZERS["sgd"])
+def test_a_caller_may_drop_gradients_between_steps(start: Start) -> None:
+    pair = start("sgd")
     for index in range(5):
         pair.assert_equal(range(index, index + 1))
         assert all(parameter.grad is not None for parameter in pair.model.parameters())
@@ -311,21 +289,21 @@ def _writes(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     ("loss", "reason"),
     [(_counts, "changes Python attributes"), (_waits, "waits for a value of the device"), (_writes, "writes to an argument")],
 )
-def test_steps_that_a_replay_could_not_stand_for_stay_plain(loss: Any, reason: str) -> None:
-    pair = Pair(OPTIMIZERS["momentum"], loss=loss)
+def test_steps_that_a_replay_could_not_stand_for_stay_plain(start: Start, loss: Any, reason: str) -> None:
+    pair = start("momentum", loss=loss)
     pair.assert_equal(range(4))
     assert pair.recorder.num_recorded == 0
     assert reason in pair.reasons[0]
 
 
-def test_hooks_keep_steps_plain() -> None:
-    pair = Pair(OPTIMIZERS["sgd"])
+def test_hooks_keep_steps_plain(start: Start) -> None:
+    pair = start("sgd")
     seen = []
     pair.model[0].register_forward_hook(lambda *_: seen.append(1))  # pyright: ignore[reportIndexIssue, reportCallIssue]
     pair.assert_equal(range(3))
     assert len(seen) == 3
     assert pair.reasons == ["the model or the optimizer has a hook, which a replay would not run"]
-    pair = Pair(OPTIMIZERS["sgd"])
+    pair = start("sgd")
     next(pair.model.parameters()).register_post_accumulate_grad_hook(lambda _: seen.append(1))
     pair.assert_equal(range(3))
     assert len(seen) == 6
@@ -344,7 +322,7 @@ def test_an_optimizer_that_counts_on_the_host_is_refused_with_the_way_out() -> N
     assert "found a parameter on meta, required cpu" in str(refusal(torch.optim.SGD([parameter], lr=0.1), torch.device("cpu")))
 
 
-def test_what_no_graph_can_hold_is_refused_at_once() -> None:
+def test_what_no_graph_can_hold_is_refused_at_once(Rerun: Any) -> None:
     model = network()
     with pytest.raises(UnsupportedOperationError, match="found LBFGS"):
         GraphedTrainStep(model, torch.optim.LBFGS(model.parameters()), loss_fn, recorder=Rerun())
