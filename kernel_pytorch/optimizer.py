@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -151,7 +151,12 @@ class Context:
 
 
 class Optimizer(ABC):
-    """One step of a recipe."""
+    """One step of a recipe.
+
+    keeps_arithmetic: a replaced module runs the original's own operations on the same values. It is compared with the original as
+    it is; all others with their reference in float64, for which a kernel of the original may not exist."""
+
+    keeps_arithmetic: ClassVar[bool] = False
 
     @abstractmethod
     def support(self, backend: Backend) -> Support:

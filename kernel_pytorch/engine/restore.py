@@ -297,7 +297,8 @@ def _filled(model: nn.Module, saved: Saved) -> nn.Module:
     """A copy of `model` with tensors of its own, which hold the file's values; what was built from the file stays as it is."""
     packed = {id(tensor): tensor for name in saved.facts.modules for tensor in _tensors_of(model.get_submodule(name))}
     filled = copy.deepcopy(model, dict(packed))
-    done, used = set(packed), set()
+    # By name: a module that keeps its tensors elsewhere copied what was built once more.
+    done, used = {id(tensor) for name in saved.facts.modules for tensor in _tensors_of(filled.get_submodule(name))}, set()
     for name, tensor in persistent_tensors(filled):
         if id(tensor) not in done:
             key = saved.facts.aliases.get(name, name)

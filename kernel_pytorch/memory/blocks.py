@@ -57,7 +57,7 @@ def repeated_lists(model: nn.Module) -> dict[str, dict[str, nn.Module]]:
         blocks = {
             f"{name}.{key}" if name else key: child
             for key, child in module.named_children()
-            if classes[type(child)] > 1 and next(child.parameters(), None) is not None
+            if classes[type(child)] > 1 and tensor_bytes(child)
         }
         if blocks:
             found[name] = blocks

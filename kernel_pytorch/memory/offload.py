@@ -26,6 +26,8 @@ class OffloadWeights(Optimizer):
     num_resident_blocks: blocks, evenly spaced, that stay on the device. include names blocks instead of the biggest list's; exclude
     keeps some on the device. The changed model is for inference; it is called with gradients disabled."""
 
+    keeps_arithmetic = True
+
     def __init__(self, *, include: list[str], exclude: list[str], prefetch_depth: int, num_resident_blocks: int) -> None:
         self.include = include
         self.exclude = exclude

@@ -35,12 +35,16 @@ class EagerLanes(Lanes):
 
 
 class Pinnable(CpuMemory):
-    """Host memory that stands for page-locked memory."""
+    """Host memory that stands for page-locked memory. capacity: bytes that the device says it has for a model; None is the host's."""
 
     can_pin = True
+    capacity: int | None = None
+
+    def free_bytes(self) -> int | None:
+        return super().free_bytes() if self.capacity is None else self.capacity
 
     def _new_memory(self, shape, dtype, num_bytes: int, *, pinned: bool) -> torch.Tensor:
-        return super()._new_memory(shape, dtype, num_bytes, pinned=False)
+        return torch.empty(num_bytes, dtype=torch.uint8)
 
 
 class PinningBackend(CpuBackend):

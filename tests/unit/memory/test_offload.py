@@ -292,25 +292,25 @@ def test_a_weight_that_is_replaced_or_moved_is_an_error(offload, how: str) -> No
     with pytest.raises(UnsupportedOperationError, match=r"mlp\.up_proj\.weight of an offloaded block was replaced or moved"):
         call(applied.model)
     # The error freed the ring.
-    assert call(nn.Sequential(applied.model.layers[0].mlp), Row8()).shape == (1, 64)
+    assert call(nn.Sequential(applied.model.layers[0].mlp), Wide()).shape == (2, 64)
 
 
-class Row8(Row):
+class Wide(Row):
     def call(self, model: nn.Module) -> Any:
-        return model(torch.ones(1, 64))
+        return model(torch.linspace(-1, 1, 128).view(2, 64))
+
+    probe = call
+
+
+def int8(exclude: list[str]) -> QuantizeLinears:
+    return QuantizeLinears(
+        include=[], exclude=exclude, dtype=None, weight=WeightConfig(format="int8"), activation=ActivationConfig(), min_features=16
+    )
 
 
 def test_packed_weights_of_quantized_layers_are_streamed(offload, backend: Backend) -> None:
-    quantize = QuantizeLinears(
-        include=[],
-        exclude=["lm_head"],
-        dtype=None,
-        weight=WeightConfig(format="int8"),
-        activation=ActivationConfig(),
-        min_features=16,
-    )
     with torch.no_grad():
-        packed = quantize.apply(structural_clone(llama()), Context(backend, Ids())).model
+        packed = int8(["lm_head"]).apply(structural_clone(llama()), Context(backend, Ids())).model
     expected = call(packed)
     applied = offload(packed)
     assert applied.details["pinned_bytes"] < 0.4 * sum(tensor_bytes(layer) for layer in llama().layers)
@@ -361,6 +361,20 @@ def test_the_module_gate_sees_a_wrong_block(offload, lanes: Any, backend: Backen
         applied.model.layers[3].mlp.up_proj.weight.mul_(1.02)
         checks = validator.check(applied.model, step, applied.changes, Ids())
     assert [check.name for check in checks if not check.passed] == ["layers.3"]
+
+
+def test_the_module_gate_judges_quantized_layers_that_are_blocks_themselves(lanes: Any, backend: Backend) -> None:
+    torch.manual_seed(0)
+    model, step = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4))).eval(), Step(lanes)
+    context = Context(backend, Wide())
+    with torch.no_grad():
+        packed = int8([]).apply(model, context).model
+        applied = step.apply(structural_clone(packed), context)
+        assert [change.name for change in applied.changes] == ["0", "1", "2", "3"]
+        validator = ModuleValidator(budget=2.0)
+        assert all(check.reached and check.passed for check in validator.check(applied.model, step, applied.changes, Wide()))
+        applied.model[1].weight_scale.mul_(1.02)
+        assert not all(check.passed for check in validator.check(applied.model, step, applied.changes, Wide()))
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])

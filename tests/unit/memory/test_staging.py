@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,15 +10,15 @@ import torch
 from torch import nn
 
 from kernel_pytorch.backends.base import Backend
-from kernel_pytorch.backends.cpu import CpuBackend, CpuMemory
+from kernel_pytorch.backends.cpu import CpuBackend
 from kernel_pytorch.backends.detect import plan_backend
-from kernel_pytorch.backends.memory import MemoryManager
 from kernel_pytorch.engine import child
+from kernel_pytorch.engine.api import load as restored
+from kernel_pytorch.engine.api import optimize
 from kernel_pytorch.engine.explain import explain_plan
 from kernel_pytorch.engine.run import Job, Run
 from kernel_pytorch.errors import OutOfMemoryError, UnsupportedOperationError
 from kernel_pytorch.memory.fetched import FetchedBlock
-from kernel_pytorch.memory.lanes import Lanes
 from kernel_pytorch.memory.offload import OffloadWeights
 from kernel_pytorch.memory.streamed import StreamedBlock
 from kernel_pytorch.models.decoder import DecoderSource
@@ -26,50 +27,17 @@ from kernel_pytorch.optimizer import tensor_bytes
 from kernel_pytorch.recipe.compose import compose
 from kernel_pytorch.report.progress import Progress
 from kernel_pytorch.report.result import Report
-from kernel_pytorch.schema import BackendConfig, OnMismatch
+from kernel_pytorch.schema import BackendConfig
 
 # The tiny decoder has 12.7 MB of weights in three layers of 2.8 MB.
 SMALL = ["+recipe=eager", "memory=offload_weights", "model=decoder", "data.length=16", "measure.num_rounds=3", "measure.min_round_ms=0"]
 
 
-class Room(CpuMemory):
-    """capacity: bytes that the device has for a model, by its own word."""
-
-    can_pin = True
-    capacity = 0
-
-    def free_bytes(self) -> int:
-        return self.capacity
-
-    def _new_memory(self, shape: Any, dtype: Any, num_bytes: int, *, pinned: bool) -> torch.Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8)
-
-
-class RoomBackend(CpuBackend):
-    def make_memory(self) -> MemoryManager:
-        return Room(self)
-
-
-class AtOnce(Lanes):
-    def lane(self) -> int:
-        return 0
-
-    def copy(self, source: torch.Tensor, target: torch.Tensor, after: Any) -> None:
-        target.copy_(source)
-
-    def wait(self, mark: object) -> None: ...
-
-    def mark(self) -> None: ...
-
-    def claim(self, memory: torch.Tensor) -> None: ...
-
-
 @pytest.fixture
-def make_run(monkeypatch: pytest.MonkeyPatch):
+def make_run(monkeypatch: pytest.MonkeyPatch, lanes: Any, backend: Any):
     def make(capacity: int, *overrides: str) -> Run:
-        monkeypatch.setattr(OffloadWeights, "lanes", lambda self, backend: AtOnce())
-        backend = RoomBackend(hardware="any", on_mismatch=OnMismatch.emulate)
-        backend.memory.capacity = capacity  # pyright: ignore[reportAttributeAccessIssue]
+        monkeypatch.setattr(OffloadWeights, "lanes", lambda self, backend: lanes)
+        backend.memory.capacity = capacity
         composed = compose([*SMALL, *overrides])
         return Run(Job(composed.config, composed.choices, composed.ignored, backend, True, ""), Report(), Progress(None))
 
@@ -178,3 +146,22 @@ def test_a_cpu_keeps_capture_and_compile_as_they_are() -> None:
     rows, _ = explain_plan(composed.config, composed.choices, composed.ignored, "cpu")
     assert {row.group: row.reason for row in rows}["memory"] == "not applicable on cpu"
     assert {row.group: row.status for row in rows}["graph"] == "planned"
+
+
+@pytest.mark.parametrize("precision", ["none", "int8_weight_only"])
+def test_an_offloaded_model_is_saved_and_loaded_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lanes: Any, backend: Any, precision: str
+) -> None:
+    monkeypatch.setattr(OffloadWeights, "lanes", lambda self, backend: lanes)
+    monkeypatch.setattr(CpuBackend, "make_memory", lambda self: type(backend.memory)(self))
+    model = DecoderSource().load(data=None, seed=0, device=torch.device("cpu")).model
+    args = (torch.arange(64).view(2, 32),)
+    overrides = ["memory=offload_weights", f"precision={precision}", "measure=off"]
+    optimized = optimize(model, "eager", args=args, trained=False, overrides=overrides)
+    expected = optimized.model(*args)
+    optimized.save(tmp_path / "saved")
+    other = DecoderSource().load(data=None, seed=1, device=torch.device("cpu")).model
+    loaded = restored(tmp_path / "saved", other)
+    assert kinds(loaded.model, StreamedBlock) == 3
+    assert torch.equal(loaded.model(*args), expected)
+    assert list(loaded.model.state_dict()) == list(optimized.model.state_dict())
