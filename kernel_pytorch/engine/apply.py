@@ -18,7 +18,7 @@ from kernel_pytorch.report.result import StepResult
 # Steps that wrap the call instead of replacing modules; they come last, and plain-torch emulation leaves them out.
 CALL_GROUPS = ("compile", "graph")
 # What a graph decision says of speed, which only a verified and timed run may show.
-_SPEED = ("plain_ms", "replay_ms", "speedup", "reason")
+_SPEED = ("plain_ms", "replay_ms", "plain_row_ms", "replay_row_ms", "launch_overhead_ms", "copy_ms", "speedup", "reason")
 Contexts = list[Callable[[], AbstractContextManager[Any]]]
 
 
@@ -107,7 +107,7 @@ def settle_receipts(rows: dict[str, StepResult], *, compilations: int, with_spee
     kept = [decision for decision in decisions if decision["captured"]]
     if not kept:
         row.status, row.changed, row.kernels = "not_applicable", 0, []
-    held_bytes = sum(decision.get("pool_bytes", 0) for decision in kept)
+    held_bytes = row.details.get("statistics", {}).get("held_bytes", sum(decision.get("pool_bytes", 0) for decision in kept))
     if with_speed:
         row.reason = "; ".join(filter(None, [row.reason, (kept or decisions)[-1]["reason"]]))
     else:

@@ -21,6 +21,8 @@ from kernel_pytorch.graph.trial import Trial
 
 # States of a model (train and eval, two sets of weights that are swapped) whose graphs are kept, and kinds of calls of each.
 _MAX_WORLDS, _MAX_KINDS = 4, 256
+# Calls in a row that are not even described, after others like them could not be recorded.
+_MAX_SKIPPED = 1023
 
 
 @dataclass
@@ -45,8 +47,9 @@ class GraphedCall:
     itself is found out and never captured. Calls with gradients enabled go straight through. One thread at a time replays;
     others go straight through.
 
-    name: of the module within the model, "" for the model itself. writes: arguments that the call is known to write to, besides
-    what is seen. on_cannot: called when a kind of call cannot be recorded as a whole. compiling: entered around recording."""
+    name: of the module within the model, "" for the model itself. writes: arguments that compiled code, which cannot be watched,
+    writes to; None for other code. on_cannot: called when a kind of call cannot be recorded as a whole. compiling: entered
+    around recording."""
 
     def __init__(
         self,
@@ -55,7 +58,7 @@ class GraphedCall:
         manager: CUDAGraphManager,
         *,
         name: str = "",
-        writes: tuple[int, ...] = (),
+        writes: tuple[int, ...] | None = None,
         on_cannot: Callable[[GraphedCall], None] | None = None,
         compiling: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
@@ -68,6 +71,7 @@ class GraphedCall:
         self._num_worlds = 0
         self._world = self._new_world()
         self._suspicious = False
+        self._skipped = self._calls_to_skip = 0
         self._noted: set[str] = set()
 
     @property
@@ -155,16 +159,28 @@ class GraphedCall:
         if known is not None and known.refusal is not None:
             self._count(known)
             return False, None
-        call = describe(args, kwargs)
-        why = self._straight_through(call)
+        if self._calls_to_skip > 0:
+            self._calls_to_skip -= 1
+            self.manager.statistics["straight_calls"] += 1
+            return False, None
+        why = self._straight_through()
         if why is not None:
-            self._note(why, call)
+            self._note(why, None)
+            return False, None
+        call = describe(args, kwargs)
+        if call.refusal is not None:
+            self._note(call.refusal, call)
+            self._skip_more()
             return False, None
         self._find_world()
         kind = self._kind(call, args, kwargs)
-        kind.row["num_calls"] += 1
         if kind.refusal is not None:
+            self._count(kind)
+            if kind.signature is None:
+                self._skip_more()
             return False, None
+        self._skipped = 0
+        kind.row["num_calls"] += 1
         at = pointers(call.tensors)
         graph = kind.find(call.tensors, call.places())
         if graph is not None and not (graph.copies_cost and kind.room(tuple(at))):
@@ -174,6 +190,11 @@ class GraphedCall:
             self.manager.statistics["straight_calls"] += 1
             return False, None
         return self._tried(kind, call, staged, args, kwargs)
+
+    def _skip_more(self) -> None:
+        """Describing objects costs more than most launches: after each that was for nothing, more calls are not described."""
+        self._skipped = min(2 * self._skipped + 1, _MAX_SKIPPED)
+        self._calls_to_skip = self._skipped
 
     def _count(self, kind: Kind) -> None:
         kind.row["num_calls"] += 1
@@ -214,11 +235,9 @@ class GraphedCall:
         kind.staged |= staged
         return True, self.manager.replay(kind, outcome.graph, call.tensors)
 
-    def _straight_through(self, call: Call) -> str | None:
+    def _straight_through(self) -> str | None:
         if torch.is_grad_enabled():
             return "gradients are enabled: capture is for no_grad and inference_mode"
-        if call.refusal is not None:
-            return call.refusal
         if self._world.guard.has_hooks():
             return "a module has a forward hook, which a replay would not run"
         return None
@@ -279,9 +298,10 @@ class GraphedCall:
         world.kinds.clear()
         world.by_form.clear()
 
-    def _note(self, reason: str, call: Call) -> None:
+    def _note(self, reason: str, call: Call | None) -> None:
         """Says once that calls go straight through, and why."""
         self.manager.statistics["straight_calls"] += 1
         if reason not in self._noted:
             self._noted.add(reason)
-            self.decisions.append({"inputs": shown(call), "captured": False, "reason": reason})
+            name = {"module": self.name} if self.name else {}
+            self.decisions.append({**name, "inputs": "any" if call is None else shown(call), "captured": False, "reason": reason})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,6 +53,18 @@ class CUDAGraphManager:
         self.statistics["copied_bytes"] += graph.copied_bytes
         kind.row["num_replays"] += 1
         return result
+
+    @contextmanager
+    def uncounted(self, kind: Kind) -> Iterator[None]:
+        """Replays inside are for timing: they are not in the counts."""
+        statistics, row = dict(self.statistics), dict(kind.row)
+        yield
+        self.statistics.update(statistics)
+        kind.row.update(row)
+
+    def pieces(self) -> list[str]:
+        """Names of the pieces of a model that have a graph."""
+        return sorted({kind.row["module"] for kind, _ in self._all() if "module" in kind.row})
 
     def num_unused(self) -> int:
         """Graphs that nothing has replayed since they were made, those that were dropped unused among them."""

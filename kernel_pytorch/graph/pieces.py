@@ -86,7 +86,7 @@ class Pieces:
 
     def _sample(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One of the caller's calls, timed: without pieces, and the next of its kind with them."""
-        kept = [row["module"] for row in self._manager.workload if row.get("module") and row["num_replays"]]
+        kept = self._manager.pieces()
         if not kept:
             self._decide(False, "no piece is worth a graph")
             return self._whole.plain(*args, **kwargs)
@@ -114,7 +114,7 @@ class Pieces:
             return
         keep, said = timed.verdict(margin)
         times = {"plain_ms": timed.plain_ms, "replay_ms": timed.replay_ms, "speedup": ratio.middle, "num_samples": timed.num_samples}
-        self._decide(keep, f"in {len(set(kept))} pieces: {said}", pieces=sorted(set(kept)), **times)
+        self._decide(keep, f"in {len(kept)} pieces: {said}", pieces=kept, **times)
 
     def _decide(self, keep: bool, reason: str, **facts: Any) -> None:
         self._whole.around_plain = self._whole.plain

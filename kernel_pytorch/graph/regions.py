@@ -10,11 +10,16 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 import torch._inductor.config as inductor_config
 from torch import nn
 
 from kernel_pytorch.graph.graphed_call import GraphedCall
 from kernel_pytorch.graph.manager import CUDAGraphManager
+from kernel_pytorch.graph.signature import at_addresses, pointers
+
+# Times that a region may find its weights elsewhere before it is left to Inductor alone.
+_MAX_BOUND = 4
 
 
 def policy_exists() -> bool:
@@ -22,19 +27,57 @@ def policy_exists() -> bool:
 
 
 class Region:
-    """One compiled graph. Called as Inductor calls: with a list of inputs, weights among them."""
+    """One compiled graph. Called as Inductor calls: with a list of inputs, weights among them.
 
-    def __init__(self, compiled: Callable[[list[Any]], Any], written: Sequence[int], name: str, manager: CUDAGraphManager) -> None:
-        self._compiled = compiled
-        # No module: what a compiled graph reads are its inputs, and what changes in a model Dynamo has looked at.
-        self.graphed = GraphedCall(nn.Module(), self._plain, manager, name=name, writes=tuple(written))
+    fixed: tensors that stay where they are, as Inductor says, and are not written to. They are no arguments of the recorded call:
+    they are compared by address, and when they are elsewhere, what was recorded is dropped. written: inputs that the graph
+    writes to."""
+
+    def __init__(
+        self,
+        compiled: Callable[[list[Any]], Any],
+        fixed: Sequence[int],
+        written: Sequence[int],
+        name: str,
+        manager: CUDAGraphManager,
+    ) -> None:
+        self._compiled, self._manager, self.name = compiled, manager, name
+        self._fixed, self._written = list(fixed), list(written)
+        self._graphed: GraphedCall | None = None
+        self._num_bound = 0
         self.active = False
 
-    def _plain(self, *inputs: Any) -> Any:
-        return self._compiled(list(inputs))
-
     def __call__(self, inputs: list[Any]) -> Any:
-        return self.graphed(*inputs) if self.active else self._compiled(inputs)
+        if not self.active:
+            return self._compiled(inputs)
+        weights = [inputs[i] for i in self._fixed]
+        if self._graphed is None or not at_addresses(weights, self._addresses, self._all):
+            if self._num_bound >= _MAX_BOUND:
+                return self._compiled(inputs)
+            self._bind(inputs, weights)
+        assert self._graphed is not None
+        return self._graphed(*[inputs[i] for i in self._others])
+
+    def _bind(self, inputs: list[Any], weights: list[torch.Tensor]) -> None:
+        self.close()
+        self._num_bound += 1
+        self._addresses, self._all = pointers(weights), list(range(len(weights)))
+        self._others = [i for i in range(len(inputs)) if i not in self._fixed]
+        held = dict(zip(self._fixed, weights, strict=True))
+        num_inputs = len(inputs)
+
+        def plain(*others: Any) -> Any:
+            given = held | dict(zip(self._others, others, strict=True))
+            return self._compiled([given[i] for i in range(num_inputs)])
+
+        # No module: what a compiled graph reads are its inputs, and what changes in a model Dynamo has looked at.
+        writes = tuple(self._others.index(i) for i in self._written)
+        self._graphed = GraphedCall(nn.Module(), plain, self._manager, name=self.name, writes=writes)
+
+    def close(self) -> None:
+        if self._graphed is not None:
+            self._graphed.close()
+        self._graphed = None
 
 
 class Regions:
@@ -58,7 +101,7 @@ class Regions:
         self._active = False
         for region in self._regions:
             region.active = False
-            region.graphed.close()
+            region.close()
 
     def _make_policy(self) -> Any:
         from torch._inductor.cudagraph_utils import CUDAGraphPolicy
@@ -79,7 +122,8 @@ class Regions:
         on_device = set(code.device_types) == {self._manager.recorder.device.type}
         if compiled is None or isinstance(compiled, Region) or not on_device:
             return
-        region = Region(compiled, sorted(code.mutated_input_idxs), f"region {len(self._regions)}", self._manager)
+        fixed = [i for i in code.fx_kwargs.get("static_input_idxs") or () if i not in code.mutated_input_idxs]
+        region = Region(compiled, fixed, sorted(code.mutated_input_idxs), f"region {len(self._regions)}", self._manager)
         region.active = self._active
         self._regions.append(region)
         code.current_callable = region

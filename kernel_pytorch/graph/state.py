@@ -34,8 +34,8 @@ class WriteWatch(TorchDispatchMode):
     device_type: of the device that records. is_elsewhere: tells tensors that are not on it; by default by that type. model:
     names the module that an operation stood in. waits_for: the operation that needs a value of the device on the host, which
     no graph can record; or None. crosses: the first operation that takes host memory to the device. on_host: the first
-    operation that computed on the host from memory that was there before, larger than HOST_BYTES. where: of each of these,
-    the module."""
+    operation that computed on the host from memory that was there before, larger than HOST_BYTES. counts: whole numbers are
+    written, such as a position that goes up. where: of each operation named here, the module."""
 
     supports_higher_order_operators = True
 
@@ -50,6 +50,7 @@ class WriteWatch(TorchDispatchMode):
         self.on_host: str | None = None
         self.where: dict[str, str] = {}
         self.num_operations = 0
+        self.counts = False
         self._created: dict[int, StorageWeakRef] = {}
         self.found: dict[int, torch.UntypedStorage] = {}
         self._saved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -66,7 +67,7 @@ class WriteWatch(TorchDispatchMode):
             if storage._cdata not in self._created:
                 self.found.setdefault(storage._cdata, storage)
         for tensor in _written(func, args, kwargs, inputs):
-            self._save(tensor.untyped_storage())
+            self._save(tensor)
         result = func(*args, **kwargs)
         made = []
         for leaf in tree_leaves(result):
@@ -120,7 +121,7 @@ class WriteWatch(TorchDispatchMode):
         """Says that the call writes to the tensor's memory, before it does."""
         storage = tensor.untyped_storage()
         self.found.setdefault(storage._cdata, storage)
-        self._save(storage)
+        self._save(tensor)
 
     def restore(self) -> None:
         """Puts back the memory as it was before the call."""
@@ -131,7 +132,10 @@ class WriteWatch(TorchDispatchMode):
         """The bytes that the call writes, as they are now: views, not copies."""
         return [view for view, _ in self._saved.values()]
 
-    def _save(self, storage: torch.UntypedStorage) -> None:
+    def _save(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self.found and not tensor.is_floating_point():
+            self.counts = True
         if storage._cdata in self.found and storage._cdata not in self._saved:
             view = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # pyright: ignore[reportCallIssue, reportArgumentType]
             self._saved[storage._cdata] = (view, view.clone())

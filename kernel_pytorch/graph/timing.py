@@ -16,6 +16,8 @@ from typing import Any
 # Pairs in a round of sampling, rounds at most, calls in a row of the second style, and seconds that sampling may take.
 _PAIRS, _MAX_ROUNDS = 15, 4
 _CALLS_IN_A_ROW, _ROWS = 8, 7
+# Of slow calls, fewer are in a row, but never one.
+_ROW_MS = 50.0
 _MAX_SECONDS = 4.0
 _CONFIDENCE = 0.95
 
@@ -113,10 +115,11 @@ def compare(
         return both
 
     start = time.monotonic()
+    num_calls = max(2, min(_CALLS_IN_A_ROW, int(_ROW_MS / max(median(singles[0]), 1e-3))))
     rows: tuple[list[float], list[float]] = ([], [])
     while len(rows[0]) < _ROWS and (not rows[0] or time.monotonic() - start < _MAX_SECONDS / 2):
         for call, into in zip((plain, replay), rows, strict=True):
-            into.append(milliseconds(undone(call), _CALLS_IN_A_ROW))
+            into.append(milliseconds(undone(call), num_calls))
     return Comparison(
         median(singles[0]),
         median(singles[1]),

@@ -70,7 +70,7 @@ class _Inputs:
 
 class Trial:
     """rehearse(kind, graph, args, kwargs): the replay with all that a caller's call does around it, for timing. staged: arguments
-    that the graph is to have copied in. writes: arguments that compiled code, which cannot be watched, writes to."""
+    that the graph is to have copied in. writes: arguments that compiled code writes to, which cannot be watched; None for other code."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class Trial:
         kind: Kind,
         call: Call,
         staged: set[int],
-        writes: tuple[int, ...] = (),
+        writes: tuple[int, ...] | None = None,
     ) -> None:
         self._manager, self._recorder = manager, manager.recorder
         self._plain, self._model, self._rehearse = plain, model, rehearse
@@ -111,7 +111,7 @@ class Trial:
         why = _refused(watch)
         if why is not None:
             return Outcome(done=True, result=result, refusal=why, cannot=True)
-        if "module" in kind.row and watch.num_operations < _LEAST_OPERATIONS:
+        if "module" in kind.row and self._writes is None and watch.num_operations < _LEAST_OPERATIONS:
             return Outcome(done=True, result=result, refusal=f"{watch.num_operations} operations are not worth a graph")
         pure = torch.equal(self._rng, self._recorder.rng_state()) and not watch.num_written
         self._undo(watch)
@@ -173,17 +173,22 @@ class Trial:
 
     def _record(self, inputs: _Inputs, first: WriteWatch, watch: WriteWatch, pure: bool, expected: list[Any] | None) -> Outcome:
         recorder, kind = self._recorder, self._kind
-        start = time.monotonic()
         static_args, static_kwargs = self._with(inputs.static, inputs.args, inputs.kwargs)
 
         def recorded() -> Any:
             return self._plain(*static_args, **static_kwargs)
 
-        # Compiles on the caller's stream.
+        # Compiles on the caller's stream, as the plain call would too.
         recorded()
         self._undo(watch)
-        recorder.warm_up(recorded, self._manager.num_warmup_calls)
-        self._undo(watch)
+        start = time.monotonic()
+
+        def undone() -> None:
+            # A cache that is written at a position that the call counts up itself must not run over.
+            recorded()
+            self._undo(watch)
+
+        recorder.warm_up(undone, self._manager.num_warmup_calls)
         recording = recorder.record(recorded)
         self._manager.statistics["captures"] += 1
         repeatable = pure or self._repeats(recording, watch)
@@ -200,7 +205,9 @@ class Trial:
         return self._timed(graph, inputs, watch, start, error)
 
     def _repeats(self, recording: Recording, watch: WriteWatch) -> bool:
-        """Whether a second replay in a row leaves and returns the same bits as the first."""
+        """Whether a second replay in a row leaves and returns the same bits as the first. A call that counts is not asked."""
+        if watch.counts:
+            return False
         states = []
         for _ in range(2):
             recording.replay()
@@ -210,12 +217,13 @@ class Trial:
 
     def _timed(self, graph: Graph, inputs: _Inputs, watch: WriteWatch, start: float, error: float | None) -> Outcome:
         kind, terms, manager = self._kind, self._manager.terms, self._manager
-        timed = self._recorder.compare(
-            lambda: self._plain(*inputs.args, **inputs.kwargs),
-            lambda: self._rehearse(kind, graph, inputs.args, inputs.kwargs),
-            watch.restore,
-            terms.min_speedup,
-        )
+        with manager.uncounted(kind):
+            timed = self._recorder.compare(
+                lambda: self._plain(*inputs.args, **inputs.kwargs),
+                lambda: self._rehearse(kind, graph, inputs.args, inputs.kwargs),
+                watch.restore,
+                terms.min_speedup,
+            )
         copies = bool(self._staged)
         if not copies:
             kind.in_place_ms = timed.replay_ms
@@ -246,7 +254,7 @@ class Trial:
         return WriteWatch(self._recorder.device.type, is_elsewhere=self._recorder.is_elsewhere, model=self._model)
 
     def _watched(self, watch: WriteWatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        for index in self._writes:
+        for index in self._writes or ():
             watch.will_write(describe(args, kwargs).tensors[index])
         with torch.compiler.set_stance("force_eager"), watch:
             return self._plain(*args, **kwargs)

@@ -177,7 +177,7 @@ def test_other_outputs_than_before_put_everything_back(wrap: Any, Rerun: Any) ->
     model, recorder = Pairs(), Wrong()
     scale = model.scale
     recorder.put_elsewhere(scale)
-    graphed, _ = wrap(model, recorder)
+    wrap(model, recorder)
     x = torch.tensor([1.0, 2.0])
     assert [model(x).tolist() for _ in range(3)] == [[16.0, 23.0]] * 3
     assert model.scale is scale
