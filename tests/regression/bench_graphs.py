@@ -48,7 +48,8 @@ class Worker:
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         self.name, self.began = name, time.monotonic()
         self.ready_file = options.out / f"{name}.ready"
-        self.ready_file.unlink(missing_ok=True)
+        for old in (self.ready_file, options.out / f"graphs_{name}.json"):
+            old.unlink(missing_ok=True)
         self.log = (options.out / f"{name}.log").open("w", encoding="utf-8")
         command = [sys.executable, __file__, "--worker", name, *sys.argv[1:], "--out", str(options.out)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=self.log, stderr=subprocess.STDOUT, text=True)

@@ -267,9 +267,9 @@ class Bench:
                 self.add("manual eager", lambda _: (Captured(placed, self.device, workload), None))
                 self.add("manual compiled", lambda _: (Captured(compiled(placed), self.device, workload), None))
 
-    def optimized(self, args: Args, overrides: list[str]) -> nn.Module:
+    def optimized(self, args: Args, overrides: list[str]) -> kernel_pytorch.Optimized:
         overrides = ["compile=default", "verify=off", *overrides]
-        return kernel_pytorch.optimize(self.workload.model, "eager", args=args, overrides=overrides, measure=False, trained=False).model
+        return kernel_pytorch.optimize(self.workload.model, "eager", args=args, overrides=overrides, measure=False, trained=False)
 
     def warm_ours(self) -> None:
         """Compiles what ours will compile, into the cache."""
@@ -277,7 +277,7 @@ class Bench:
             for extra in [[], *self.workload.extra.values()]:
                 overrides = [word for word in extra if not word.startswith("graph.")]
                 with contextlib.suppress(*FAILURES), limited(self.options.arm_seconds):
-                    model = self.optimized(self.shared[0], ["graph=none", *overrides])
+                    model = self.optimized(self.shared[0], ["graph=none", *overrides]).model
                     for args in self.ring(0)[:2]:
                         model(*args)
 
@@ -289,13 +289,18 @@ class Bench:
         arms = {f"ours {name}": [f"graph.strategy={name}"] for name in STRATEGIES} if has_strategy else {"ours": []}
         arms |= {f"ours {name}": extra for name, extra in self.workload.extra.items()}
         for name, overrides in arms.items():
+            receipts: list[dict[str, Any]] = []
 
-            def build(ring: list[Args], overrides: list[str] = overrides) -> tuple[Callable[..., Any], None]:
-                return self.optimized(ring[0], ["graph=auto", *overrides]), None
+            def build(ring: list[Args], overrides: list[str] = overrides, receipts: list[Any] = receipts) -> tuple[nn.Module, None]:
+                optimized = self.optimized(ring[0], ["graph=auto", *overrides])
+                details = [step.details for step in optimized.report.steps if step.group == "graph"]
+                receipts += [{key: value for key, value in row.items() if key != "decisions"} for row in details]
+                return optimized.model, None
 
             self.add(name, build)
-            if self.arms[-1].name == name:
-                self.arms[-1].row["decisions"] = decisions_of(self.arms[-1].call)
+            if receipts and self.arms[-1].name == name:
+                # The receipt's own list has no times: nothing was verified. Its other entries are live.
+                self.arms[-1].row |= {"receipt": receipts[0], "decisions": decisions_of(self.arms[-1].call)}
         self.write()
 
     def stepper(self, model: nn.Module, forward: Callable[..., Any], *, capturable: bool) -> Callable[..., torch.Tensor]:
