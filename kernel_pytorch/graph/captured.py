@@ -76,6 +76,11 @@ class Graph:
             raise UnsupportedOperationError(f"the output holds a {type(leaf).__name__}, whose tensors the next replay would overwrite")
         return "same"
 
+    @property
+    def used(self) -> bool:
+        """Whether a call used it after the one that it was made in."""
+        return self.num_replays > 1
+
     def fits(self, tensors: list[torch.Tensor], places: tuple[Any, ...]) -> bool:
         """Whether this graph computes the call: its kind is known to fit."""
         if not at_addresses(tensors, self.pointers, self.fixed):

@@ -62,6 +62,13 @@ class Kind:
             return self.staged | moved
         return set() if self.room(tuple(at)) else None
 
+    def replaced_by(self, new: Graph) -> list[Graph]:
+        """Graphs with nothing left to do: they copy in less than a new one for the same place, and are for addresses that did not
+        come back."""
+        place = self._fixed(new.places, new.pointers, new.by_value)
+        fewer = [graph for graph in self.graphs if graph.buffers.keys() < new.buffers.keys() and (graph.buffers or not graph.used)]
+        return [graph for graph in fewer if self._fixed(graph.places, graph.pointers, graph.by_value) == place]
+
     def room(self, place: Any) -> bool:
         """Whether this place, which is counted, is to have a graph of its own: the second one at once, others when they come
         back; when there are too many, the one used last the longest ago goes, and the next must come back twice as often."""

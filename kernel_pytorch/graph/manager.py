@@ -67,8 +67,8 @@ class CUDAGraphManager:
         return sorted({kind.row["module"] for kind, _ in self._all() if "module" in kind.row})
 
     def num_unused(self) -> int:
-        """Graphs that nothing has replayed since they were made, those that were dropped unused among them."""
-        return self._wasted + sum(graph.num_replays == 0 for _, graph in self._all())
+        """Graphs that no call has used but the one that they were made in, those that were dropped like that among them."""
+        return self._wasted + sum(not graph.used for _, graph in self._all())
 
     def kind(self, call: Call, name: str) -> Kind:
         row = {"inputs": shown(call), "num_calls": 0, "num_replays": 0, **({"module": name} if name else {})}
@@ -84,8 +84,7 @@ class CUDAGraphManager:
         if self.budget_bytes is None:
             free = self.recorder.free_bytes()
             self.budget_bytes = None if free is None else int(free * FREE_SHARE)
-        # Copied in is more than the graph that copies less: that one has nothing left to do.
-        for older in [other for other in kind.graphs if other.buffers and graph.buffers.keys() > other.buffers.keys()]:
+        for older in kind.replaced_by(graph):
             self._release(kind, older)
         graph.num_replays = 0
         kind.graphs.append(graph)
@@ -111,6 +110,7 @@ class CUDAGraphManager:
 
     def drop(self, kind: Kind) -> None:
         for graph in list(kind.graphs):
+            self._wasted += not graph.used
             self._release(kind, graph)
 
     def decide(self, row: dict[str, Any], kind: Kind) -> None:
@@ -121,12 +121,12 @@ class CUDAGraphManager:
         return self._graphs.values()
 
     def _release(self, kind: Kind, graph: Graph) -> None:
-        self._wasted += graph.num_replays == 0
         self._graphs.pop(graph.number)
         kind.graphs.remove(graph)
         self.statistics["held_bytes"] = self.total_bytes()
 
     def _evicted(self, kind: Kind, graph: Graph) -> None:
+        self._wasted += not graph.used
         self._release(kind, graph)
         self.statistics["evictions"] += 1
         if not kind.graphs:

@@ -10,7 +10,7 @@ from kernel_pytorch.choices import GraphDeploymentStrategy
 @dataclass(frozen=True)
 class Terms:
     """min_speedup: plain time over replay time, at least. first_call: the call of a kind that is the first to be captured (1: its
-    first). waits_for_reuse: every graph that has not been replayed since it was made puts the next capture off by a call.
+    first). waits_for_reuse: every graph that has not been used since it was made puts the next capture off by a call.
     payback_calls: replays within which the time saved must have repaid the seconds of capture; None: any number."""
 
     min_speedup: float
@@ -19,7 +19,7 @@ class Terms:
     payback_calls: int | None
 
     def calls_needed(self, num_unused: int) -> int:
-        """Calls of one kind before it is captured. num_unused: graphs that nothing has replayed so far."""
+        """Calls of one kind before it is captured. num_unused: graphs that no later call has used so far."""
         return self.first_call + (num_unused if self.waits_for_reuse else 0)
 
     def repays(self, capture_s: float, saved_ms: float) -> bool:

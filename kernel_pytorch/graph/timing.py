@@ -58,7 +58,7 @@ class Comparison:
             return False, said
         if best.low < margin and best.low < 1.0:
             return False, f"{said}; not sure: {best.low:.3f} to {best.high:.3f}"
-        loses = [style for style in (single, row) if style is not None and style.high < 1.0]
+        loses = [style for style in (single, row) if style is not None and style.high < min(1.0, margin)]
         return (False, f"{said}; slower in one of them") if loses else (True, said)
 
 

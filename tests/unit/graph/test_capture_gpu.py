@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from kernel_pytorch.graph.capture import graph_calls
 from kernel_pytorch.graph.graphed_call import GraphedCall
 from kernel_pytorch.graph.manager import CUDAGraphManager
 from kernel_pytorch.graph.recorder import CudaRecorder
+from kernel_pytorch.graph.signature import at_addresses, pointers
 from kernel_pytorch.graph.strategy import terms
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -217,12 +219,215 @@ def test_autocast_casts_are_not_left_uncomputed() -> None:
     assert torch.equal(plain, expected)
 
 
-def test_an_argument_on_the_cpu_goes_straight_through() -> None:
-    class Move(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x.cuda() + 1
+def test_arguments_on_the_cpu_are_sent_and_may_change_at_once() -> None:
+    class Select(nn.Module):
+        def forward(self, x: torch.Tensor, columns: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            return x[:, columns.to(x.device)] * scale
 
-    model = Move()
+    model = Select()
     graphed = wrap(model)
-    assert model(torch.ones(3)).tolist() == [2.0] * 3
-    assert graphed.decisions[0]["reason"] == "an argument is on cpu"
+    x = torch.arange(64.0, device="cuda").reshape(4, 16)
+    columns, scale = torch.zeros(2, dtype=torch.int64), torch.tensor(1.0)
+    outputs = []
+    # More calls than blocks of pinned memory, and nothing is waited for in between.
+    for step in range(50):
+        columns.copy_(torch.tensor([step % 16, (step + 3) % 16]))
+        scale.fill_(float(step))
+        outputs.append(model(x, columns, scale))
+    for step, out in enumerate(outputs):
+        assert torch.equal(out, x[:, [step % 16, (step + 3) % 16]] * float(step)), step
+    assert [d["captured"] for d in graphed.decisions] == [True], graphed.decisions
+    assert graphed.decisions[0]["copied_bytes"] == 20
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_the_model_holds_on_the_cpu_is_moved_once(compiled: bool) -> None:
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.index = torch.tensor([1, 0])
+            self.temperature = torch.tensor(0.7)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x[:, self.index] * 2).tanh() / self.temperature
+
+    model = Pairs()
+    x = torch.randn(4, 2, device="cuda")
+    expected = model(x)
+    if compiled:
+        model.compile()
+    graphed = wrap(model)
+    for _ in range(3):
+        assert torch.allclose(model(x), expected, rtol=1e-6)
+    assert model.index.is_cuda
+    assert model.temperature.is_cuda
+    assert graphed.decisions[0]["captured"], graphed.decisions
+    assert graphed.decisions[0]["placement_relative_l2"] < 2e-6
+    model.temperature.fill_(1.4)
+    assert torch.allclose(model(x), expected / 2, rtol=1e-5)
+
+
+class Broken(nn.Module):
+    """A wait in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = mlp(), mlp()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return self.second(x) * (1.0 + 0.0 * x.sum().item())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_pieces_of_a_call_with_a_wait_in_it(compiled: bool) -> None:
+    model = Broken()
+    xs = [torch.randn(4, 64, device="cuda") for _ in range(3)]
+    if compiled:
+        model.compile()
+    expected = [model(x) for x in xs]
+    graphed = wrap(model)
+    if compiled:
+        # Regions are found when they are compiled.
+        torch._dynamo.reset()
+    for step in range(120):
+        assert torch.allclose(model(xs[step % 3]), expected[step % 3], atol=1e-5), step
+    print(graphed.decisions)
+    whole = [decision for decision in graphed.decisions if decision["inputs"] == "whole call"]
+    assert len(whole) == 1
+    names = whole[0].get("pieces", [])
+    assert names == (["first", "second"] if not compiled else names)
+    print("pieces", names, whole[0])
+
+
+def test_graphs_over_the_budget_leave_and_their_memory_is_used_again() -> None:
+    torch.cuda.empty_cache()
+    model = nn.ReLU()
+    recorder = CudaRecorder(torch.device("cuda", 0))
+    budget = 40 * 2**20
+    manager = CUDAGraphManager(recorder, terms(GraphDeploymentStrategy.aggressive, 0.0), num_warmup_calls=3, memory_budget_bytes=budget)
+    graph_calls(model, manager)
+    xs = [torch.randn(2**20 + i, device="cuda") for i in range(40)]
+    for x in xs:
+        assert torch.equal(model(x), x.clamp(min=0))
+    before = torch.cuda.memory_allocated()
+    assert manager.statistics["evictions"] >= 20
+    assert manager.statistics["held_bytes"] <= budget
+    manager.decisions.clear()
+    for x in xs:
+        assert torch.equal(model(x), x.clamp(min=0))
+    assert torch.cuda.memory_allocated() <= before + 8 * 2**20
+
+
+def test_buffers_in_turns_have_a_graph_each_where_copies_cost() -> None:
+    class Mean(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x.mean(0, keepdim=True)
+            for _ in range(12):
+                y = y * 1.01 + 0.01
+            return y
+
+    model = Mean()
+    xs = [torch.randn(4096, 16384, device="cuda") for _ in range(3)]
+    expected = [model(x) for x in xs]
+    before = torch.cuda.memory_allocated()
+    graphed = wrap(model, min_speedup=1.02)
+    for _ in range(8):
+        for x, y in zip(xs, expected, strict=True):
+            assert torch.equal(model(x), y)
+    print(graphed.decisions, graphed.manager.statistics)
+    assert torch.cuda.memory_allocated() - before < xs[0].nbytes // 2
+
+
+def test_a_model_that_raises_while_it_is_recorded_harms_nothing() -> None:
+    class Raises(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x + 1
+            if torch.cuda.is_current_stream_capturing():
+                raise ValueError("not while capturing")
+            return y * 2
+
+    model = Raises()
+    graphed = wrap(model)
+    x = torch.ones(4, device="cuda")
+    assert [model(x).tolist() for _ in range(2)] == [[4.0] * 4] * 2
+    assert graphed.decisions[0]["reason"] == "capture failed: not while capturing"
+    assert not torch.cuda.is_current_stream_capturing()
+    other = mlp()
+    y = torch.randn(4, 64, device="cuda")
+    expected = other(y)
+    decisions = wrap(other).decisions
+    assert [torch.equal(other(y), expected) for _ in range(2)] == [True, True]
+    assert decisions[0]["captured"]
+
+
+def test_threads_with_streams_of_their_own_get_their_own_answers() -> None:
+    model = mlp()
+    inputs = {number: [torch.randn(4, 64, device="cuda") for _ in range(30)] for number in range(3)}
+    expected = {number: [model(x) for x in xs] for number, xs in inputs.items()}
+    graphed = wrap(model)
+    for x in inputs[0][:3]:
+        model(x)
+    torch.cuda.synchronize()
+    found: dict[int, list[torch.Tensor]] = {}
+
+    def work(number: int) -> None:
+        stream = torch.cuda.Stream()
+        with torch.inference_mode(), torch.cuda.stream(stream):
+            found[number] = [model(x) for x in inputs[number]]
+        stream.synchronize()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in inputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, outputs in expected.items():
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found[number], outputs, strict=True))
+    assert graphed.manager.statistics["replays"] > 0
+
+
+def test_a_cache_is_put_right_when_weights_were_replaced_between_calls() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2, device="cuda"))
+
+        def forward(self, cache: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+            cache.index_copy_(0, position, self.weight[None] * 3)
+            return cache.sum(0)
+
+    model = Writes()
+    graphed = wrap(model)
+    cache, position = torch.zeros(3, 2, device="cuda"), torch.tensor([1], device="cuda")
+    for value in (1.0, 2.0, 3.0):
+        model.weight = nn.Parameter(torch.full((2,), value, device="cuda"))
+        for _ in range(3):
+            assert model(cache, position).tolist() == [value * 3] * 2
+        assert cache.tolist() == [[0.0, 0.0], [value * 3] * 2, [0.0, 0.0]]
+    assert graphed.manager.statistics["replays"] >= 6
+
+
+def test_addresses_are_compared_alike_in_cpp_and_python() -> None:
+    tensors = [torch.zeros(4, device="cuda") for _ in range(3)]
+    at = pointers(tensors)
+    assert at_addresses(tensors, at, [0, 1, 2])
+    assert at_addresses([*tensors[:2], torch.zeros(4, device="cuda")], at, [0, 1])
+    assert not at_addresses([*tensors[:2], torch.zeros(4, device="cuda")], at, [0, 1, 2])
+    assert at_addresses([], [], [])
+
+
+@pytest.mark.parametrize("strategy", list(GraphDeploymentStrategy))
+def test_strategies_choose_by_what_they_measure(strategy: GraphDeploymentStrategy) -> None:
+    def wrapped(model: nn.Module) -> Any:
+        return graph_calls(model, CUDAGraphManager(CudaRecorder(torch.device("cuda", 0)), terms(strategy), num_warmup_calls=3))
+
+    small, large = mlp(), nn.Sequential(*[nn.Linear(4096, 4096, bias=False) for _ in range(8)]).cuda().bfloat16()
+    x, y = torch.randn(64, 64, device="cuda"), torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    graphs = [wrapped(small), wrapped(large)]
+    for _ in range(8):
+        small(x)
+        large(y)
+    print(strategy.value, *[decision for graphed in graphs for decision in graphed.decisions], sep="\n")
+    assert graphs[0].decisions[0]["captured"]
+    assert graphs[0].decisions[0]["plain_row_ms"] > graphs[0].decisions[0]["replay_row_ms"]
