@@ -151,7 +151,9 @@ class GraphedCall:
         if not tensors:
             tensors = describe(args, kwargs).tensors
         graph.fits(tensors, graph.places)
-        return self._checked(kind, graph, tensors)[1]
+        done, result = self._checked(kind, graph, tensors)
+        assert done, "what was timed was no replay"
+        return result
 
     def _considered(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
         """Calls that the short road does not know: refused ones, new ones, those that hold objects."""
@@ -216,9 +218,9 @@ class GraphedCall:
         return staged
 
     def _tried(self, kind: Kind, call: Call, staged: set[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
-        trial = Trial(self.manager, self.plain, self.model, self._rehearse, kind, call, staged, self._writes)
+        trial = Trial(self.manager, self.plain, self.model, self._world.guard, self._rehearse, kind, call, staged, self._writes)
         with self._compiling():
-            outcome = trial.run(self._world.guard.slots, args, kwargs)
+            outcome = trial.run(args, kwargs)
         if outcome.moved:
             self._start_over(kind, call, args, kwargs)
         if outcome.refusal is not None:
@@ -287,7 +289,6 @@ class GraphedCall:
                 self.manager.forget(other)
         old.kinds.clear()
         old.by_form.clear()
-        old.guard = ModuleGuard(self.model, self._recorder.is_elsewhere)
         old.kinds.set((call.key(), now), keep)
         keep.signature = None
         self._kind(call, args, kwargs)

@@ -61,6 +61,9 @@ class Region:
     def _bind(self, inputs: list[Any], weights: list[torch.Tensor]) -> None:
         self.close()
         self._num_bound += 1
+        if not all(isinstance(weight, torch.Tensor) for weight in weights):
+            self._fixed = [i for i in self._fixed if isinstance(inputs[i], torch.Tensor)]
+            weights = [inputs[i] for i in self._fixed]
         self._addresses, self._all = pointers(weights), list(range(len(weights)))
         self._others = [i for i in range(len(inputs)) if i not in self._fixed]
         held = dict(zip(self._fixed, weights, strict=True))

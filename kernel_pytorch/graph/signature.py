@@ -102,4 +102,5 @@ def at_addresses(tensors: list[torch.Tensor], addresses: list[int], which: list[
     """Whether tensor i is at address i, for every i in `which`."""
     if _EQUAL_POINTERS is not None:
         return _EQUAL_POINTERS(tensors, addresses, which)
-    return all(_POINTER(tensors[i]) == addresses[i] for i in which)
+    at = pointers(tensors)
+    return at == addresses or all(at[i] == addresses[i] for i in which)

@@ -185,7 +185,12 @@ class ModuleGuard:
     at most HOST_BYTES are compared by value."""
 
     def __init__(self, model: nn.Module, is_elsewhere: Callable[[torch.Tensor], bool] | None = None) -> None:
-        modules = list(model.modules())
+        self._model, self._is_elsewhere = model, is_elsewhere
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Takes the model as it is now for what it is to be."""
+        modules = list(self._model.modules())
         self._dicts = [vars(module) for module in modules]
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._hooks += [_every_module._global_forward_hooks, _every_module._global_forward_pre_hooks]
@@ -195,7 +200,7 @@ class ModuleGuard:
         self._others = _Slots([slot for slot in self.slots if not isinstance(slot[2], nn.Module)])
         self._tensors = [v for v in self._others.values if isinstance(v, torch.Tensor) and _has_storage(v)]
         self._addresses, self._all = pointers(self._tensors), list(range(len(self._tensors)))
-        far = [t for t in self._tensors if is_elsewhere is not None and is_elsewhere(t) and t.nbytes <= HOST_BYTES]
+        far = [t for t in self._tensors if self._is_elsewhere is not None and self._is_elsewhere(t) and t.nbytes <= HOST_BYTES]
         self._by_value = [(tensor, tensor.clone()) for tensor in far]
 
     def has_hooks(self) -> bool:

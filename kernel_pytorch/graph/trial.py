@@ -22,7 +22,7 @@ from kernel_pytorch.graph.kinds import Kind
 from kernel_pytorch.graph.manager import CUDAGraphManager
 from kernel_pytorch.graph.placement import HostArguments, HostState, can_be_sent, relative_l2
 from kernel_pytorch.graph.recorder import Recording
-from kernel_pytorch.graph.state import WriteWatch, python_state, same_bits
+from kernel_pytorch.graph.state import ModuleGuard, WriteWatch, python_state, same_bits
 
 # What a model may raise while it is recorded: the plain call then says whether it is the model's own mistake.
 CALL_ERRORS = (
@@ -69,14 +69,16 @@ class _Inputs:
 
 
 class Trial:
-    """rehearse(kind, graph, args, kwargs): the replay with all that a caller's call does around it, for timing. staged: arguments
-    that the graph is to have copied in. writes: arguments that compiled code writes to, which cannot be watched; None for other code."""
+    """guard: of the model, which is to know of tensors that are moved. rehearse(kind, graph, args, kwargs): the replay with all that
+    a caller's call does around it, for timing. staged: arguments that the graph is to have copied in. writes: arguments that
+    compiled code writes to, which cannot be watched; None for other code."""
 
     def __init__(
         self,
         manager: CUDAGraphManager,
         plain: Callable[..., Any],
         model: nn.Module,
+        guard: ModuleGuard,
         rehearse: Callable[..., Any],
         kind: Kind,
         call: Call,
@@ -84,13 +86,12 @@ class Trial:
         writes: tuple[int, ...] | None = None,
     ) -> None:
         self._manager, self._recorder = manager, manager.recorder
-        self._plain, self._model, self._rehearse = plain, model, rehearse
+        self._plain, self._model, self._guard, self._rehearse = plain, model, guard, rehearse
         self._kind, self._call, self._staged, self._writes = kind, call, staged, writes
         self._rng = self._recorder.rng_state()
         self._far = [i for i, tensor in enumerate(call.tensors) if self._recorder.is_elsewhere(tensor)]
 
-    def run(self, slots: list[tuple[Any, Any, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
-        """slots: where the model holds its tensors."""
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
         kind, call = self._kind, self._call
         kind.num_attempts += 1
         large = next((call.tensors[i] for i in self._far if not can_be_sent(call.tensors[i])), None)
@@ -117,7 +118,7 @@ class Trial:
         self._undo(watch)
         kind.by_address = tuple(i for i, t in enumerate(call.tensors) if i not in self._far and (watch.wrote(t) or overlaps(t)))
         self._staged -= set(kind.by_address)
-        state = HostState(slots, self._recorder, watch)
+        state = HostState(self._guard.slots, self._recorder, watch)
         outcome = Outcome()
         if state or (self._far and kind.substitutes):
             outcome = self._attempt(args, kwargs, watch, self._far if kind.substitutes else [], state, pure)
@@ -125,6 +126,7 @@ class Trial:
                 outcome.moved = bool(state)
                 return outcome
             state.put_back()
+            self._guard.look_again()
             kind.substitutes = False
         with_placement, kind.by_value = outcome.refusal, tuple(self._far)
         outcome = self._attempt(args, kwargs, watch, [], None, pure)
@@ -150,6 +152,7 @@ class Trial:
             expected = self._outcome_of(args, kwargs, first) if placed else None
             if state is not None:
                 state.place()
+                self._guard.look_again()
             host = HostArguments(self._recorder, tensors, sent) if sent else None
             if host is not None:
                 host.send(tensors)

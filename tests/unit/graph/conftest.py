@@ -68,7 +68,10 @@ class Rerun(Recorder):
 
     def compare(self, plain: Callable[[], Any], replay: Callable[[], Any], undo: Callable[[], None], margin: float = 1.0) -> Comparison:
         for call in (plain, replay):
+            before = self.num_replays
             call()
+            # What is timed as a replay must be one.
+            assert (self.num_replays > before) is (call is replay)
             undo()
         return self.comparison
 

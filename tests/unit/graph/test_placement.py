@@ -103,6 +103,30 @@ def test_a_large_argument_on_the_host_goes_straight_through(wrap: Any, Rerun: An
     assert (recorder.num_recorded, graphed.decisions[0]["reason"]) == (0, "an argument of 131072 bytes is on cpu")
 
 
+def test_what_is_timed_after_a_move_is_a_replay_every_time(wrap: Any, Rerun: Any) -> None:
+    class Often(Rerun):
+        def compare(self, plain: Any, replay: Any, undo: Any, margin: float = 1.0) -> Any:
+            for number in range(5):
+                before = self.num_replays
+                replay()
+                undo()
+                assert self.num_replays == before + 1, number
+            return super().compare(plain, replay, undo, margin)
+
+    class Counts(Pairs):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.shift.add_(1)
+            return x[self.index] * self.scale
+
+    for model in (Pairs(), Counts()):
+        recorder = Often()
+        recorder.put_elsewhere(model.index, model.scale)
+        graphed, _ = wrap(model, recorder)
+        for _ in range(3):
+            model(torch.tensor([1.0, 2.0]))
+        assert [decision["captured"] for decision in graphed.decisions] == [True, True], graphed.decisions
+
+
 class Pairs(nn.Module):
     """An index, a buffer and a scalar on the host, as a constructor leaves them."""
 

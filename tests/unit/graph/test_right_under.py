@@ -238,6 +238,7 @@ def test_an_argument_of_the_caller_is_not_kept_alive(wrap: Any) -> None:
     # Rerun itself holds what it runs again; a graph does not.
     record = recorder.record
     recorder.record = lambda call: type(record(call))(torch.zeros(4), lambda: None)
+    recorder.compare = lambda *_: recorder.comparison
     x = torch.zeros(4)
     storage = weakref.ref(x)
     model(x)

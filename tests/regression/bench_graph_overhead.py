@@ -1,0 +1,116 @@
+"""What a replay costs in Python, without a device: a GraphedCall around a recording that does nothing.
+
+python tests/regression/bench_graph_overhead.py
+
+Microseconds a call, least of many rounds: `before`, until the device would have its graph; `all`, until the caller has its outputs
+(copies of outputs on this CPU among them). Records, asserts no time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernel_pytorch.choices import GraphDeploymentStrategy
+from kernel_pytorch.graph.capture import graph_calls
+from kernel_pytorch.graph.manager import CUDAGraphManager
+from kernel_pytorch.graph.recorder import Recorder, Recording
+from kernel_pytorch.graph.strategy import terms
+from kernel_pytorch.graph.timing import Comparison
+
+_ROUNDS, _CALLS = 40, 100
+
+
+class NoDevice(Recorder):
+    """Records outputs; its replay notes the time."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.launched = 0.0
+
+    def busy(self) -> bool:
+        return False
+
+    def warm_up(self, call: Callable[[], Any], num_calls: int) -> None:
+        call()
+
+    def record(self, call: Callable[[], Any]) -> Recording:
+        def replay() -> None:
+            self.launched = time.perf_counter()
+
+        return Recording(call(), replay)
+
+    def compare(self, plain: Callable[[], Any], replay: Callable[[], Any], undo: Callable[[], None], margin: float = 1.0) -> Comparison:
+        return Comparison(2.0, 1.0, 1)
+
+    def rng_state(self) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        torch.set_rng_state(state)
+
+    def enter_replay(self) -> None: ...
+
+    def leave_replay(self) -> None: ...
+
+
+class Layer(nn.Module):
+    """As many modules and parameters as a layer of BERT has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
+        self.others = nn.ModuleList(nn.Identity() for _ in range(10))
+
+
+class Layers(nn.Module):
+    """num_layers of them; `write` to write a cache in place."""
+
+    def __init__(self, num_layers: int, write: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(num_layers))
+        self.write = write
+
+    def forward(self, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if self.write:
+            rest[0][0][0].index_copy_(2, rest[1], x)
+        return x
+
+
+def measure(name: str, model: nn.Module, args: tuple[Any, ...]) -> None:
+    recorder = NoDevice()
+    graphed = graph_calls(model.eval(), CUDAGraphManager(recorder, terms(GraphDeploymentStrategy.aggressive), num_warmup_calls=1))
+    with torch.inference_mode():
+        for _ in range(20):
+            model(*args)
+        assert graphed.manager.statistics["replays"] >= 19
+        rounds: list[tuple[float, float]] = []
+        for _ in range(_ROUNDS):
+            before = whole = 0.0
+            for _ in range(_CALLS):
+                start = time.perf_counter()
+                model(*args)
+                whole += time.perf_counter() - start
+                before += recorder.launched - start
+            rounds.append((before / _CALLS * 1e6, whole / _CALLS * 1e6))
+    least = [min(column) for column in zip(*rounds, strict=True)]
+    num_modules, num_parameters = len(list(model.modules())), len(list(model.parameters()))
+    print(f"{name:34s} {num_modules:4d} modules {num_parameters:4d} parameters: before {least[0]:6.1f} us, all {least[1]:6.1f} us")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    ids = torch.zeros(1, 128, dtype=torch.int64)
+    cache = tuple((torch.zeros(1, 2, 8, 4), torch.zeros(1, 2, 8, 4)) for _ in range(32))
+    measure("one tensor", Layers(0), (ids,))
+    measure("BERT's modules, three tensors", Layers(12), (ids, ids.clone(), ids.clone()))
+    measure("a cache of 64 tensors, read", Layers(0), (torch.ones(1, 2, 1, 4), cache, torch.tensor([1])))
+    measure("the same, written, 8 layers", Layers(8, write=True), (torch.ones(1, 2, 1, 4), cache, torch.tensor([1])))
+
+
+if __name__ == "__main__":
+    main()
