@@ -127,7 +127,7 @@ def four_bits(on: GpuTarget, config: skinny_w4a16.Config, *, m: int = 8, k: int 
     partial = split > programs
     constants: dict[str, Constant] = {"HAS_BIAS": True, "PARTIAL": partial, "EVEN": even, "HALF": dtype == "fp16", "STEPS": steps}
     constants |= {"ROWS": config.tiles, "COLUMNS": skinny_w4a16.groups(m), "WARPS": config.num_warps, "WARPS_N": config.warps_n}
-    constants |= {"DEPTH": min(config.depth, steps), "DEPTH_X": min(config.depth_x, steps - 1)}
+    constants["DEPTH"], constants["DEPTH_X"] = config.ahead(k)
     constants |= {"OVERLAP": config.overlap, "CLUSTER": programs, "LOOP": config.loop}
     options: dict[str, Constant] = {"num_warps": config.num_warps, "num_ctas": programs}
     if config.registers:

@@ -79,6 +79,12 @@ class Config:
         split = self.split if self.cluster else -(-pairs // (steps * warps))
         return steps, split, pairs == split * steps * warps
 
+    def ahead(self, k: int) -> tuple[int, int]:
+        """Steps whose weights and x are asked for ahead, no more than there are; a loop asks for no more x than weights."""
+        steps = self.steps(k)[0]
+        depth = min(self.depth, steps)
+        return depth, min(self.depth_x, steps - 1, depth if self.loop else steps)
+
 
 class Packed(NamedTuple):
     """words: int32 [tiles, pairs * 256]. scales: int8 [tiles, pairs * 128]. channel: float32 [N], what the kernel's sums are
@@ -245,7 +251,7 @@ def launch(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, config: C
     elif x.data_ptr() % 16:
         x = x.clone()
     config = runnable(config, device(x.device.index))
-    steps, split, even = config.steps(k)
+    (steps, split, even), (depth, depth_x) = config.steps(k), config.ahead(k)
     programs = split if config.cluster else 1
     partial = split > programs
     target = x.new_empty((split, m, n), dtype=torch.float32) if partial else out
@@ -272,8 +278,8 @@ def launch(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, config: C
         COLUMNS=columns,
         WARPS=config.num_warps,
         WARPS_N=config.warps_n,
-        DEPTH=min(config.depth, steps),
-        DEPTH_X=min(config.depth_x, steps - 1),
+        DEPTH=depth,
+        DEPTH_X=depth_x,
         OVERLAP=config.overlap,
         CLUSTER=programs,
         LOOP=config.loop,

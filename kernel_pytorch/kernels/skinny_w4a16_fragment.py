@@ -143,14 +143,20 @@ def _load_x(x_ptr, m, M, row_words, pair, pairs, t, part, COLUMNS: gl.constexpr,
     found = ()
     everywhere = gl.expand_dims(part, 0) >= 0
     for c in gl.static_range(COLUMNS):
-        row = m + c * 8
-        wanted = row < M if EVEN else (row < M) & (pair < pairs)
-        valid = gl.expand_dims(wanted, 1) & everywhere
+        # Rows past the last are computed and not stored.
+        row = gl.minimum(m + c * 8, M - 1)
         at = x_ptr + gl.expand_dims(row.to(gl.int64) * row_words + pair * 64 + t * 8, 1) + gl.expand_dims(part, 0)
-        x0 = gl.load(at, mask=valid, other=0, eviction_policy="evict_last")
-        x1 = gl.load(at + 4, mask=valid, other=0, eviction_policy="evict_last")
-        x2 = gl.load(at + 32, mask=valid, other=0, eviction_policy="evict_last")
-        x3 = gl.load(at + 36, mask=valid, other=0, eviction_policy="evict_last")
+        if EVEN:
+            x0 = gl.load(at, eviction_policy="evict_last")
+            x1 = gl.load(at + 4, eviction_policy="evict_last")
+            x2 = gl.load(at + 32, eviction_policy="evict_last")
+            x3 = gl.load(at + 36, eviction_policy="evict_last")
+        else:
+            valid = gl.expand_dims(pair < pairs, 1) & everywhere
+            x0 = gl.load(at, mask=valid, other=0, eviction_policy="evict_last")
+            x1 = gl.load(at + 4, mask=valid, other=0, eviction_policy="evict_last")
+            x2 = gl.load(at + 32, mask=valid, other=0, eviction_policy="evict_last")
+            x3 = gl.load(at + 36, mask=valid, other=0, eviction_policy="evict_last")
         found = found + ((x0, x1, x2, x3),)
     return found
 

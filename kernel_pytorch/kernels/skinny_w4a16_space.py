@@ -55,7 +55,7 @@ def neighbours(config: Config, m: int, n: int, k: int, device: torch.device) -> 
     found = [replace(config, depth=depth) for depth in (config.depth - 1, config.depth + 1) if 1 <= depth <= steps]
     found += [replace(config, depth_x=depth) for depth in (config.depth_x - 1, config.depth_x + 1) if 0 <= depth < steps]
     found += [replace(config, registers=registers) for registers in (48, 80, 112, 0) if registers * config.num_warps * 32 <= 65536]
-    return found
+    return [*found, replace(config, loop=not config.loop)]
 
 
 def variant(config: Config, m: int, n: int, k: int) -> Hashable:

@@ -21,7 +21,7 @@ from kernel_pytorch.schema import WeightConfig
 
 FORMATS = tuple(op.BLOCK)
 H100 = op.Device("NVIDIA H100 80GB HBM3", 132, 232448, True, True, True)
-CLUSTERS = (op.Config(1, 4, 4, 1, split=8, cluster=True), op.Config(2, 4, 2, 1, split=2, cluster=True))
+CLUSTERS = (op.Config(1, 4, 4, 1, split=8, cluster=True), op.Config(2, 4, 2, 1, 1, split=2, cluster=True, loop=True))
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
@@ -174,6 +174,14 @@ def test_a_cluster_is_left_out_where_the_gpu_has_none():
     # A cluster has as many programs as it is told, also where some of them have no columns.
     assert config.steps(640) == (1, 8, False)
     assert op.Config(1, 4, 4, 1, split=8).steps(640) == (1, 5, True)
+
+
+def test_no_more_is_asked_for_ahead_than_there_is():
+    """In a loop x may not run ahead of the weights: the last steps, which are not in it, would not be there to stop at."""
+    assert op.Config(1, 4, 1, 3, depth_x=3).ahead(4096) == (3, 3)
+    assert op.Config(1, 4, 1, 2, depth_x=3).ahead(4096) == (2, 3)
+    assert op.Config(1, 4, 1, 2, depth_x=3, loop=True).ahead(4096) == (2, 2)
+    assert op.Config(1, 4, 1, 3, depth_x=3).ahead(1024) == (2, 1)
 
 
 def interpreted_cases() -> None:
