@@ -163,8 +163,14 @@ def _layout_hook(backend: Backend, context: Context, training: bool) -> Hook:
 
 
 def _convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
-    """Plain ones: a subclass may do something else with its weight."""
-    return {name: module for name, module in model.named_modules() if name and type(module) is nn.Conv2d}
+    """Plain ones: a subclass may do something else with its weight. Not those in modules that hold memory of their own for their
+    weights: these are elsewhere between calls."""
+    holders = [name for name, module in model.named_modules() if hasattr(module, "held_tensors")]
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name and type(module) is nn.Conv2d and not any(name == holder or name.startswith(f"{holder}.") for holder in holders)
+    }
 
 
 def lay_out_convolutions(model: nn.Module, layout: torch.memory_format) -> None:

@@ -165,3 +165,28 @@ def test_an_offloaded_model_is_saved_and_loaded_bit_for_bit(
     assert kinds(loaded.model, StreamedBlock) == 3
     assert torch.equal(loaded.model(*args), expected)
     assert list(loaded.model.state_dict()) == list(optimized.model.state_dict())
+
+
+class ConvBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv(x)
+
+
+def test_the_backends_layout_leaves_convolutions_of_streamed_blocks_alone(
+    monkeypatch: pytest.MonkeyPatch, lanes: Any, backend: Any
+) -> None:
+    monkeypatch.setattr(OffloadWeights, "lanes", lambda self, backend: lanes)
+    monkeypatch.setattr(CpuBackend, "make_memory", lambda self: type(backend.memory)(self))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(*(ConvBlock() for _ in range(4))))
+    args = (torch.randn(2, 3, 10, 10),)
+    optimized = optimize(model, "eager", args=args, trained=False, overrides=["memory=offload_weights", "measure=off"])
+    assert kinds(optimized.model, StreamedBlock) == 4
+    layout = next(hook for hook in optimized.report.hooks if hook["name"] == "conv_layout")
+    assert layout["after"]["num_convolutions"] == 1
+    with torch.inference_mode():
+        torch.testing.assert_close(optimized.model(*args), model(*args))
