@@ -5,11 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kernel_pytorch.choices import GraphDeploymentStrategy
+    from kernel_pytorch.graph.analysis import WorkloadAnalysis
+    from kernel_pytorch.graph.manager import CUDAGraphManager
     from kernel_pytorch.graph.training import GraphedTrainStep
 
-_HOMES = {"GraphedTrainStep": "kernel_pytorch.graph.training"}
+_HOMES = {
+    "CUDAGraphManager": "kernel_pytorch.graph.manager",
+    "GraphDeploymentStrategy": "kernel_pytorch.choices",
+    "GraphedTrainStep": "kernel_pytorch.graph.training",
+    "WorkloadAnalysis": "kernel_pytorch.graph.analysis",
+}
 
-__all__ = ["GraphedTrainStep"]
+__all__ = ["CUDAGraphManager", "GraphDeploymentStrategy", "GraphedTrainStep", "WorkloadAnalysis"]
 
 
 def __getattr__(name: str) -> Any:
