@@ -16,14 +16,15 @@ from kernel_pytorch.graph.signature import at_addresses, copy_all, pointers
 from kernel_pytorch.graph.state import WriteWatch, same_bits
 
 _numbers = itertools.count()
+_REPLAYS_OF_SEARCH = 64
 
 
 class Graph:
     """Replays a recording. buffers: device memory that stands for argument i. fixed: arguments that must be where they were.
     by_value: arguments on the host whose values are frozen in. pure: a replay writes nothing that was there before and draws
     no random numbers, so that one too many does no harm. repeatable: a second replay writes and returns what the first did, so
-    that one with wrong weights is put right by the call that follows. copies_cost: the replay was timed slower than one that
-    copies nothing in."""
+    that one with wrong weights is put right by the call that follows. copies_cost: the replay was timed so much slower than one
+    that copies nothing in that addresses which come back are to have graphs of their own."""
 
     def __init__(
         self,
@@ -80,6 +81,11 @@ class Graph:
     def used(self) -> bool:
         """Whether a call used it after the one that it was made in."""
         return self.num_replays > 1
+
+    @property
+    def seeks_others(self) -> bool:
+        """Whether addresses are still looked out for: callers that take turns between buffers show it soon."""
+        return self.copies_cost and self.num_replays < _REPLAYS_OF_SEARCH
 
     def fits(self, tensors: list[torch.Tensor], places: tuple[Any, ...]) -> bool:
         """Whether this graph computes the call: its kind is known to fit."""

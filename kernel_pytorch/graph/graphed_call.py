@@ -85,9 +85,7 @@ class GraphedCall:
         if not manager.lock.acquire(blocking=False):
             return self.plain(*args, **kwargs)
         try:
-            done, result = self._replayed(args, kwargs)
-            if not done:
-                done, result = self._considered(args, kwargs)
+            done, result = self._answered(args, kwargs)
         finally:
             manager.lock.release()
         return result if done else self.around_plain(*args, **kwargs)
@@ -103,18 +101,20 @@ class GraphedCall:
         call = describe(args, kwargs)
         return (call.key(), modes())
 
-    def _replayed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
-        """The road of nearly all calls: a kind that is known, with a graph that fits."""
+    def _answered(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
+        """Whether the call was made, and what it returned. What is decided about nearly all calls is found here."""
         kind, tensors = self._known(args, kwargs)
-        if kind is None:
-            return False, None
-        graph = kind.find(tensors, ())
-        if graph is None or graph.copies_cost:
-            return False, None
-        done, result = self._checked(kind, graph, tensors)
-        if done:
-            kind.row["num_calls"] += 1
-        return done, result
+        if kind is not None:
+            graph = kind.find(tensors, ())
+            if kind.refusal is not None or (graph is None and kind.copies_refused and not kind.wants(tensors)):
+                self._count(kind)
+                return False, None
+            if graph is not None and not (graph.seeks_others and kind.wants(tensors)):
+                done, result = self._checked(kind, graph, tensors)
+                if done:
+                    kind.row["num_calls"] += 1
+                    return True, result
+        return self._considered(args, kwargs)
 
     def _known(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Kind | None, list[torch.Tensor]]:
         flat = flatten(args, kwargs)
@@ -156,11 +156,7 @@ class GraphedCall:
         return result
 
     def _considered(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
-        """Calls that the short road does not know: refused ones, new ones, those that hold objects."""
-        known, _ = self._known(args, kwargs)
-        if known is not None and known.refusal is not None:
-            self._count(known)
-            return False, None
+        """New calls, those that hold objects, and the first ones after the model changed."""
         if self._calls_to_skip > 0:
             self._calls_to_skip -= 1
             self.manager.statistics["straight_calls"] += 1
@@ -185,7 +181,7 @@ class GraphedCall:
         kind.row["num_calls"] += 1
         at = pointers(call.tensors)
         graph = kind.find(call.tensors, call.places())
-        if graph is not None and not (graph.copies_cost and kind.room(tuple(at))):
+        if graph is not None and not kind.wanted:
             return True, self.manager.replay(kind, graph, call.tensors)
         staged = self._plan(kind, call, at, graph)
         if staged is None:
@@ -205,6 +201,7 @@ class GraphedCall:
     def _plan(self, kind: Kind, call: Call, at: list[int], costly: Graph | None) -> set[int] | None:
         """Arguments to be copied in by a graph to be recorded now; None to wait, or to do without."""
         if costly is not None:
+            kind.wanted = False
             return set()
         staged = kind.plan(call, at)
         if not kind.graphs and kind.row["num_calls"] - kind.calls_to_wait < self.manager.terms.calls_needed(self.manager.num_unused()):

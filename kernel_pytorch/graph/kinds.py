@@ -10,7 +10,7 @@ import torch
 from kernel_pytorch.cache import LRUCache
 from kernel_pytorch.graph.captured import Graph
 from kernel_pytorch.graph.inputs import Call
-from kernel_pytorch.graph.signature import Signature
+from kernel_pytorch.graph.signature import Signature, pointers
 
 # Graphs of one kind that are for one address each: callers that take turns between buffers have two to four.
 MAX_BY_ADDRESS = 4
@@ -41,6 +41,7 @@ class Kind:
     demand: int = 2
     refusal: str | None = None
     noted: bool = False
+    wanted: bool = False
     in_place_ms: float | None = None
     seen: LRUCache[Any, int] = field(default_factory=lambda: LRUCache(_PLACES_REMEMBERED))
 
@@ -60,7 +61,13 @@ class Kind:
         if not self.copies_refused:
             moved = {i for i in known[0].fixed if i not in self.by_address and at[i] != known[0].pointers[i]}
             return self.staged | moved
-        return set() if self.room(tuple(at)) else None
+        wanted, self.wanted = self.wanted, False
+        return set() if wanted or self.room(tuple(at)) else None
+
+    def wants(self, tensors: list[torch.Tensor]) -> bool:
+        """Whether these addresses, which are counted, come back often enough for a graph of their own; remembered for `plan`."""
+        self.wanted = self.room(tuple(pointers(tensors)))
+        return self.wanted
 
     def replaced_by(self, new: Graph) -> list[Graph]:
         """Graphs with nothing left to do: they copy in less than a new one for the same place, and are for addresses that did not

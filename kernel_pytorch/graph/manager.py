@@ -88,6 +88,8 @@ class CUDAGraphManager:
             self._release(kind, older)
         graph.num_replays = 0
         kind.graphs.append(graph)
+        # Those that copy the least are looked at first.
+        kind.graphs.sort(key=lambda other: len(other.buffers))
         self._graphs.set(graph.number, (kind, graph))
         for older in [other for owner, other in self._all() if owner is kind][:-MAX_BY_ADDRESS]:
             self._release(kind, older)

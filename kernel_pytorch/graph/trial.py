@@ -37,6 +37,8 @@ CALL_ERRORS = (
     OSError,
 )
 _COPY_SAMPLES = 5
+# A replay with copies over one in place: from here on, addresses that come back get graphs of their own.
+_COSTLY = 1.25
 # Pieces of fewer are not recorded: a replay is a launch too.
 _LEAST_OPERATIONS = 3
 
@@ -230,7 +232,6 @@ class Trial:
         copies = bool(self._staged)
         if not copies:
             kind.in_place_ms = timed.replay_ms
-        graph.copies_cost = copies and kind.in_place_ms is not None and timed.replay_ms > kind.in_place_ms * terms.min_speedup
         analysis = WorkloadAnalysis.of(kind.row["inputs"], kind.row["num_calls"], timed)
         analysis.copied_bytes, analysis.pool_bytes, analysis.held_bytes = graph.copied_bytes, graph.pool_bytes, graph.held_bytes
         if graph.buffers:
@@ -239,6 +240,8 @@ class Trial:
         analysis.num_written, analysis.num_operations = watch.num_written, watch.num_operations
         analysis.placement_relative_l2 = error
         analysis.capture_s = time.monotonic() - start
+        if copies and kind.in_place_ms is not None and timed.replay_ms > _COSTLY * kind.in_place_ms:
+            graph.copies_cost = terms.repays(analysis.capture_s, timed.replay_ms - kind.in_place_ms)
         keep, reason = timed.verdict(terms.min_speedup)
         if keep and not terms.repays(analysis.capture_s, analysis.saved_ms):
             keep, reason = False, f"{reason}; {terms.payback_calls} calls would not repay {analysis.capture_s:.2f} s of capture"

@@ -225,6 +225,35 @@ def test_callers_that_take_turns_between_buffers_get_a_graph_each_where_copies_d
         assert model(torch.full((4,), float(value)))[0].item() == 2.0 * value
 
 
+def test_buffers_in_turns_get_a_graph_each_also_where_copies_pay_but_cost(wrap: Any, Rerun: Any) -> None:
+    class Costly(Rerun):
+        in_place = True
+
+    recorder = Costly()
+
+    def compare(plain: Any, replay: Any, undo: Any, margin: float = 1.0) -> Comparison:
+        replay()
+        return Comparison(2.0, 1.0 if recorder.in_place else 1.5, 20)
+
+    recorder.compare = compare
+    model = Scale()
+    graphed, _ = wrap(model, recorder)
+    buffers = [torch.full((4,), float(i)) for i in range(3)]
+    model(buffers[0])
+    recorder.in_place = False
+    model(buffers[1])
+    recorder.in_place = True
+    for _ in range(4):
+        assert [model(x)[0].item() for x in buffers] == [0.0, 2.0, 4.0]
+    copied = graphed.manager.statistics["copied_bytes"]
+    assert [model(x)[0].item() for x in buffers] == [0.0, 2.0, 4.0]
+    assert graphed.manager.statistics["copied_bytes"] == copied
+    # Others are still copied in, and after a while nobody counts where they are.
+    for value in range(100):
+        assert model(torch.full((4,), float(value)))[0].item() == 2.0 * value
+    assert recorder.num_recorded <= 6
+
+
 def test_an_argument_of_the_caller_is_not_kept_alive(wrap: Any) -> None:
     import gc
     import weakref
