@@ -23,6 +23,7 @@ from kernel_pytorch.graph.trial import Trial
 _MAX_WORLDS, _MAX_KINDS = 4, 256
 # Calls in a row that are not even described, after others like them could not be recorded.
 _MAX_SKIPPED = 1023
+_REFUSED_IN_A_ROW, _REST = 64, 15
 
 
 @dataclass
@@ -72,6 +73,7 @@ class GraphedCall:
         self._world = self._new_world()
         self._suspicious = False
         self._skipped = self._calls_to_skip = 0
+        self._num_refused = self._resting = 0
         self._noted: set[str] = set()
 
     @property
@@ -82,6 +84,10 @@ class GraphedCall:
         manager = self.manager
         if torch.compiler.is_compiling() or (self.name and manager.pieces_off) or self._recorder.busy():
             return self.plain(*args, **kwargs)
+        if self._resting:
+            self._resting -= 1
+            manager.statistics["straight_calls"] += 1
+            return self.around_plain(*args, **kwargs)
         if not manager.lock.acquire(blocking=False):
             return self.plain(*args, **kwargs)
         try:
@@ -108,11 +114,15 @@ class GraphedCall:
             graph = kind.find(tensors, ())
             if kind.refusal is not None or (graph is None and kind.copies_refused and not kind.wants(tensors)):
                 self._count(kind)
+                self._num_refused += 1
+                # A model that is only ever called in ways that are refused pays for one look in sixteen calls.
+                self._resting = _REST if self._num_refused > _REFUSED_IN_A_ROW else 0
                 return False, None
             if graph is not None and not (graph.seeks_others and kind.wants(tensors)):
                 done, result = self._checked(kind, graph, tensors)
                 if done:
                     kind.row["num_calls"] += 1
+                    self._num_refused = 0
                     return True, result
         return self._considered(args, kwargs)
 

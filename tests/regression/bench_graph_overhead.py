@@ -102,6 +102,24 @@ def measure(name: str, model: nn.Module, args: tuple[Any, ...]) -> None:
     print(f"{name:34s} {num_modules:4d} modules {num_parameters:4d} parameters: before {least[0]:6.1f} us, all {least[1]:6.1f} us")
 
 
+def measure_refused(name: str, model: nn.Module, args: tuple[Any, ...]) -> None:
+    """A call that is not worth a graph: what is between the caller and the plain call."""
+    plain = model.eval()._call_impl
+    graph_calls(model, CUDAGraphManager(NoDevice(), terms(GraphDeploymentStrategy.aggressive, 100.0), num_warmup_calls=1))
+    rounds: list[tuple[float, float]] = []
+    with torch.inference_mode():
+        model(*args)
+        for _ in range(_ROUNDS):
+            marks = [time.perf_counter()]
+            for call in (plain, model):
+                for _ in range(_CALLS):
+                    call(*args)
+                marks.append(time.perf_counter())
+            rounds.append((marks[1] - marks[0], marks[2] - marks[1]))
+    least = [min(column) / _CALLS * 1e6 for column in zip(*rounds, strict=True)]
+    print(f"{name:34s} plain {least[0]:.1f} us, through the GraphedCall {least[1]:.1f} us")
+
+
 def main() -> None:
     torch.set_num_threads(1)
     ids = torch.zeros(1, 128, dtype=torch.int64)
@@ -110,6 +128,8 @@ def main() -> None:
     measure("BERT's modules, three tensors", Layers(12), (ids, ids.clone(), ids.clone()))
     measure("a cache of 64 tensors, read", Layers(0), (torch.ones(1, 2, 1, 4), cache, torch.tensor([1])))
     measure("the same, written, 8 layers", Layers(8, write=True), (torch.ones(1, 2, 1, 4), cache, torch.tensor([1])))
+    measure_refused("one tensor, refused", Layers(0), (ids,))
+    measure_refused("a cache of 64 tensors, refused", Layers(0), (torch.ones(1, 2, 1, 4), cache, torch.tensor([1])))
 
 
 if __name__ == "__main__":

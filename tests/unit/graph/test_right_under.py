@@ -317,3 +317,19 @@ def test_statistics_count_what_callers_did(wrap: Any) -> None:
     counts = graphed.manager.statistics
     assert (counts["captures"], counts["replays"] >= 4, counts["straight_calls"], counts["guard_misses"]) == (2, True, 1, 0)
     assert graphed.manager.workload[0]["num_calls"] == 5
+
+
+def test_a_model_whose_calls_are_all_refused_is_looked_at_less_and_taken_up_again(wrap: Any, Rerun: Any) -> None:
+    model = Scale()
+    recorder = Rerun(plain_ms=1.0)
+    graphed, _ = wrap(model, recorder)
+    x = torch.ones(4)
+    for _ in range(200):
+        assert model(x)[0].item() == 2.0
+    # The first call decides; of the others, 65 are looked at, then one in sixteen.
+    assert graphed.manager.workload[0]["num_calls"] == 1 + 65 + (200 - 1 - 65) // 16
+    recorder.comparison = Comparison(2.0, 1.0, 20)
+    y = torch.ones(2, 4)
+    for _ in range(40):
+        assert model(y)[0, 0].item() == 2.0
+    assert graphed.manager.workload[1]["num_replays"] >= 24
