@@ -17,8 +17,9 @@ from kernel_pytorch.graph.bucket_report import BucketReport, num_compilations
 from kernel_pytorch.graph.buckets import make_buckets
 from kernel_pytorch.graph.padding import Declarations, Found, StaticInputs, form, signature
 from kernel_pytorch.graph.padding_check import Passed, check_padding, types_computed_in
-from kernel_pytorch.graph.state import ModuleGuard, WriteWatch, python_state
+from kernel_pytorch.graph.state import ModuleGuard, python_state
 from kernel_pytorch.graph.unpadding import Cut, Outputs, cut_leaf
+from kernel_pytorch.graph.watched_call import watched_call
 from kernel_pytorch.schema import BucketingConfig
 
 # Kinds of calls that differ in more than the declared dims; the least recently used one is forgotten with its buffers.
@@ -33,11 +34,13 @@ _version = attrgetter("_version")
 
 @dataclass
 class _Bucket:
-    """passed: how outputs are cut; None before the first padded call. row: its line in the report."""
+    """passed: how outputs are cut; None before the first padded call. takes_copies: a call may be made on copies of its arguments,
+    since it writes to none; None before that is known. row: its line in the report."""
 
     targets: dict[str, int]
     row: dict[str, Any]
     passed: Passed | None = None
+    takes_copies: bool | None = None
     inputs: StaticInputs | None = None
 
 
@@ -122,7 +125,8 @@ class BucketedCall:
         finally:
             self._lock.release()
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, counted: bool = False) -> Any:
+        """counted: this call was begun before, and then found to have to go another way."""
         why = self._straight_through()
         if why is not None:
             return self._straight(why, args, kwargs)
@@ -136,13 +140,13 @@ class BucketedCall:
                 self._routes[key] = route
         if isinstance(route, str):
             return self._straight(route, args, kwargs)
-        if self._observe(route.found):
-            return self._call(args, kwargs)
+        if not counted and self._observe(route.found):
+            return self._call(args, kwargs, counted=True)
         if route.family.refusal is not None and not route.exact:
             return self._straight(route.family.refusal, args, kwargs)
         found = route.found.again(args, kwargs)
-        if route.bucket.passed is None and not route.exact:
-            return self._first(route.family, route.bucket, found, args, kwargs)
+        if route.bucket.passed is None and (not route.exact or (self._static_inputs and route.bucket.takes_copies is None)):
+            return self._first(route, found, args, kwargs)
         return self._run(route, found, args, kwargs)
 
     def _route(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Route | str:
@@ -205,7 +209,7 @@ class BucketedCall:
                 family.refusal, family.num_tries = None, 0
                 family.buckets = {sizes: bucket for sizes, bucket in family.buckets.items() if self._is_there(bucket)}
                 for bucket in family.buckets.values():
-                    bucket.passed = None
+                    bucket.passed = bucket.takes_copies = None
 
     def _is_there(self, bucket: _Bucket) -> bool:
         return all(target in self._buckets[name].sizes for name, target in bucket.targets.items())
@@ -218,36 +222,32 @@ class BucketedCall:
     def _num_writes(self) -> int:
         return sum(map(_version, self._tensors))
 
-    def _first(self, family: _Family, bucket: _Bucket, found: Found, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Answers with the plain call, and checks padding beside it."""
-        device = found.tensors[0].device
-        rng, state = _rng_state(device), python_state(self._model)
-        watch = WriteWatch(device.type)
+    def _first(self, route: _Route, found: Found, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answers with the plain call, and finds out beside it whether calls like this one may be padded, or, where nothing has
+        to be padded, may be made on copies of their arguments."""
+        family, bucket = route.family, route.bucket
         with torch.compiler.set_stance("force_eager"), self._checking():
-            try:
-                with watch:
-                    result = self._plain(*args, **kwargs)
-            except RuntimeError as error:
-                watch.restore()
-                _set_rng_state(device, rng)
-                family.refusal = f"the call cannot be watched: {(str(error).splitlines() or [type(error).__name__])[0]}"
-                return self._straight(family.refusal, args, kwargs)
-            if watch.num_written:
-                family.refusal = "the call writes to memory that outlives it, which padding would be written to"
-            elif not torch.equal(_rng_state(device), rng):
-                family.refusal = "the call draws random numbers, and would draw others for another size"
-            elif python_state(self._model) == state:
-                self._check(family, bucket, found, result, args, kwargs)
-            if python_state(self._model) != state:
+            seen = watched_call(self._model, self._plain, found.tensors[0].device, args, kwargs)
+            if route.exact:
+                bucket.takes_copies = not (seen.writes or seen.changed or Outputs(seen.result).boxes())
+            elif seen.refusal is None and not seen.changed:
+                state = python_state(self._model)
+                self._check(family, bucket, found, seen.result, args, kwargs)
+                seen.changed = python_state(self._model) != state
+        if not route.exact:
+            if seen.changed:
                 # A model may fill a cache of its own: for the call's size, then for the bucket's.
                 family.num_tries += 1
                 bucket.passed = None
-                if family.num_tries > _MAX_TRIES:
-                    family.refusal = "the call changes Python attributes of the model"
-        if family.refusal is not None:
-            bucket.row["refused"] = family.refusal
-        self._report.straight(family.refusal or "the first padded call of a bucket is answered without padding")
-        return result
+            if family.num_tries > _MAX_TRIES:
+                seen.refusal = "the call changes Python attributes of the model"
+            family.refusal = family.refusal or seen.refusal
+            if family.refusal is not None:
+                bucket.row["refused"] = family.refusal
+        if not seen.ran:
+            return self._straight(seen.refusal or "", args, kwargs)
+        self._report.straight((None if route.exact else family.refusal) or "answered by the plain call, to watch it")
+        return seen.result
 
     def _check(self, family: _Family, bucket: _Bucket, found: Found, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         def run(tensors: Sequence[torch.Tensor]) -> Any:
@@ -260,7 +260,7 @@ class BucketedCall:
         if isinstance(outcome, str):
             family.refusal = outcome
             return
-        bucket.passed = outcome
+        bucket.passed, bucket.takes_copies = outcome, True
         bucket.row.pop("refused", None)
         self._report.checked(bucket.row, outcome)
 
@@ -276,17 +276,19 @@ class BucketedCall:
             # Looked at here, while a device may still compute: a call that was checked to write nothing does no harm.
             if self._num_writes() != self._writes:
                 self._model_changed()
-                return self._call(args, kwargs)
+                return self._call(args, kwargs, counted=True)
             outputs = Outputs(result)
-            if bucket.passed is None or outputs.shapes() != bucket.passed.shapes:
+            if not route.exact and (bucket.passed is None or outputs.shapes() != bucket.passed.shapes):
                 # Python attributes decide on the output, and are not watched: what was checked is another function.
                 bucket.passed = None
                 return self._straight("the output is not shaped as it was when padding was checked", args, kwargs)
-            result = self._cut(outputs, bucket.passed.cuts, found, tensors)
+            result = self._cut(outputs, None if route.exact or bucket.passed is None else bucket.passed.cuts, found, tensors)
         self._report.call(row, route.num_real, route.num_padded)
         return result
 
-    def _cut(self, outputs: Outputs, cuts: list[Cut], found: Found, tensors: list[torch.Tensor]) -> Any:
+    def _cut(self, outputs: Outputs, cuts: list[Cut] | None, found: Found, tensors: list[torch.Tensor]) -> Any:
+        """The caller's outputs. cuts: None where nothing was padded."""
+        cuts = [{} for _ in outputs.leaves] if cuts is None else cuts
         static = {tensor.untyped_storage()._cdata for tensor in tensors} if self._static_inputs else set()
         leaves = []
         for leaf, cut in zip(outputs.leaves, cuts, strict=True):
@@ -301,8 +303,8 @@ class BucketedCall:
         return outputs.rebuilt(leaves)
 
     def _inputs(self, bucket: _Bucket, found: Found, exact: bool) -> list[torch.Tensor]:
-        """The caller's own tensors where they fit; in static memory only when it was checked that the call does not write to them."""
-        if exact and (bucket.passed is None or not self._static_inputs):
+        """The caller's own tensors where they fit; where a graph wants them always in the same memory, copies."""
+        if exact and not (self._static_inputs and bucket.takes_copies):
             return found.tensors
         if not self._static_inputs:
             return found.padded(bucket.targets)
@@ -321,11 +323,3 @@ class BucketedCall:
     def _straight(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._report.straight(reason)
         return self._unpadded(*args, **kwargs)
-
-
-def _rng_state(device: torch.device) -> torch.Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_rng_state(device: torch.device, state: torch.Tensor) -> None:
-    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)

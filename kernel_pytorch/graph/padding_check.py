@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from kernel_pytorch.graph.inputs import holds_tensors
 from kernel_pytorch.graph.padding import BY_VALUE, Found
 from kernel_pytorch.graph.unpadding import Cut, Outputs, cut_leaf, following, merged
 
@@ -72,7 +71,7 @@ def check_padding(
         if base != found.sizes:
             found = found.shortened(base)
             plain = Outputs(check.run(found.tensors))
-        boxes = [type(leaf).__name__ for leaf in plain.leaves if not isinstance(leaf, torch.Tensor) and holds_tensors(leaf)]
+        boxes = plain.boxes()
         if boxes:
             return f"the output holds a {boxes[0]}, whose tensors cannot be cut"
         cuts = check.cuts(found, plain)

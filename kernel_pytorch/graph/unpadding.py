@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from kernel_pytorch.graph.inputs import holds_tensors
+
 # Of one output leaf: dim -> name of the size that it follows.
 Cut = dict[int, str]
 
@@ -56,6 +58,10 @@ class Outputs:
                 object.__setattr__(top, name, value)
             tops.append(top)
         return tree_unflatten(tops, self._spec)
+
+    def boxes(self) -> list[str]:
+        """Types of the leaves that hold tensors where nobody can cut or copy them."""
+        return [type(leaf).__name__ for leaf in self.leaves if not isinstance(leaf, torch.Tensor) and holds_tensors(leaf)]
 
     def shapes(self) -> list[tuple[int, ...] | None]:
         return [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None for leaf in self.leaves]

@@ -43,7 +43,7 @@ def wrap(model: nn.Module, *dims: str, static: bool = False, strategy: str = "ge
 
 
 def straight(call: BucketedCall) -> list[str]:
-    return [reason for reason in call.report["straight"] if not reason.startswith("the first padded call")]
+    return [reason for reason in call.report["straight"] if reason != "answered by the plain call, to watch it"]
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +121,7 @@ def test_waste_and_calls_are_counted() -> None:
     assert rows[8]["waste"] == pytest.approx(10 / 38)
     assert [rows[4][key] for key in ("num_calls", "num_exact_calls", "real_elements", "padding_elements")] == [1, 0, 6, 2]
     assert call.waste == pytest.approx(12 / 44)
-    assert call.report["straight"] == {"the first padded call of a bucket is answered without padding": 2}
+    assert call.report["straight"] == {"answered by the plain call, to watch it": 2}
     assert rows[8]["check"]["cut_dims"] == [{"1": "size"}]
     assert rows[8]["check"]["other_padding"] is True
 
@@ -429,6 +429,28 @@ def test_static_inputs_stay_where_they_are_and_hold_no_rest_of_a_longer_call() -
     assert torch.equal(kept, before)
 
 
+def test_calls_that_fit_are_made_in_static_memory_once_they_are_known_to_write_to_nothing() -> None:
+    model = Tokens()
+    call, inner = wrap(model, "input_ids:1", static=True)
+    xs = [ids(2, 8) for _ in range(4)]
+    for x in xs:
+        assert torch.equal(call(x), model(x))
+    assert len(inner.addresses) == 3
+    assert len(set(inner.addresses)) == 1
+    assert not set(inner.addresses) & {x.data_ptr() for x in xs}
+    assert call.report["straight"] == {"answered by the plain call, to watch it": 1}
+    # Padded ones still have to be checked.
+    call(ids(2, 7))
+    assert len(inner.addresses) == 3
+    call(ids(2, 7))
+    assert inner.addresses[-1] == inner.addresses[0]
+    boxed, inner = wrap(Boxed(), "x:1", static=True)
+    x = torch.ones(2, 8, 4)
+    for _ in range(3):
+        boxed(x)
+    assert inner.addresses == [x.data_ptr()] * 2
+
+
 def test_an_output_that_is_an_argument_comes_back_as_it_and_a_view_of_one_as_a_copy() -> None:
     class Echo(nn.Module):
         def forward(self, x: torch.Tensor) -> Any:
@@ -509,7 +531,7 @@ def test_a_model_that_changes_in_every_call_is_left_alone_until_it_settles() -> 
         # Padded to find out that it changed, checked again, and found changed once more.
         assert len(inner.shapes) == 2
         assert call.report["straight"] == {
-            "the first padded call of a bucket is answered without padding": 2,
+            "answered by the plain call, to watch it": 2,
             "the model changes from call to call": 28,
         }
         for _ in range(15):
@@ -528,13 +550,14 @@ def test_arguments_that_are_written_to_are_refused_and_written_once() -> None:
     for count in (1, 2):
         call(torch.ones(5), cache)
         assert cache.tolist() == [float(count)] * 5
-    # Also where nothing has to be padded, and the call runs inside.
-    cache = torch.zeros(8)
+    # Also where nothing has to be padded: the first one is watched, the others run inside, on the caller's own.
+    cache, x = torch.zeros(8), torch.ones(8)
     for count in (1, 2):
-        call(torch.ones(8), cache)
+        call(x, cache)
         assert cache.tolist() == [float(count)] * 8
     assert straight(call) == ["the call writes to memory that outlives it, which padding would be written to"]
-    assert inner.shapes == [(8,), (8,)]
+    assert inner.shapes == [(8,)]
+    assert inner.addresses == [x.data_ptr()]
 
 
 def test_a_cache_object_is_refused_before_anything_runs_twice() -> None:
