@@ -23,9 +23,11 @@ def optimized(*overrides: str, device: str = "cuda") -> tuple[kp.Optimized, torc
     return kp.optimize(model, "eager", args=(x,), overrides=list(overrides), trained=False, measure=False), x
 
 
-def alike(first: torch.Tensor, second: torch.Tensor) -> bool:
+def alike(first: torch.Tensor, second: torch.Tensor, scheme: str = "") -> bool:
+    """Kernels round in other places. Where activations are quantized in each of the layers, that moves values to the next code, and
+    the results differ by as much as the scheme errs: 3 bits of mantissa are 4 % a value."""
     first, second = first.float().cpu(), second.float().cpu()
-    return bool((first - second).norm() / first.norm() < 0.02)
+    return bool((first - second).norm() / first.norm() < (0.06 if "fp8_dynamic" in scheme else 0.02))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -46,7 +48,7 @@ def test_a_file_moves_between_a_gpu_and_a_cpu(tmp_path, scheme, saved_on, loaded
     loaded = kp.load(tmp_path / "s", mlp(1).to(loaded_on))
     assert {tensor.device.type for tensor in loaded.model.state_dict().values()} == {loaded_on}
     assert "not compared bit for bit: it was saved with" in loaded.report.verification.message
-    assert alike(done.model(x), loaded.model(x.to(loaded_on)))
+    assert alike(done.model(x), loaded.model(x.to(loaded_on)), scheme)
 
 
 def test_a_captured_model_is_captured_again(tmp_path):
