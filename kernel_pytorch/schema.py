@@ -231,7 +231,7 @@ class BucketingConfig:
     max_waste: Annotated[float, Field(ge=0, le=16, description="memory_optimal: padding over real elements that is allowed (ratio)")] = 0.25
     fit_after: Annotated[
         int, Field(ge=1, le=1048576, description="adaptive, memory_optimal: calls before the first fit; later ones when calls have doubled")
-    ] = 64
+    ] = 256
 
     @model_validator(mode="after")
     def _range_is_not_empty(self) -> BucketingConfig:

@@ -5,6 +5,7 @@ groups of nearly equal counts, each as large as its largest size. Torch-free."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -25,13 +26,14 @@ class _Choice(NamedTuple):
 
 def padding(counts: Mapping[int, int], ladder: Ladder) -> int:
     """Elements of padding that `ladder` costs over the calls counted. Raises ValueError for a size above its last bucket."""
-    total = 0
-    for size, count in counts.items():
-        bucket = next((bucket for bucket in ladder if bucket >= size), None)
-        if bucket is None:
-            raise ValueError(f"size {size} is above the last bucket, {ladder[-1]}")
-        total += (bucket - size) * count
-    return total
+    if max(counts, default=0) > ladder[-1]:
+        raise ValueError(f"size {max(counts)} is above the last bucket, {ladder[-1]}")
+    return sum((ladder[bisect_left(ladder, size)] - size) * count for size, count in counts.items())
+
+
+def used(counts: Mapping[int, int], ladder: Ladder) -> Ladder:
+    """The buckets that the calls counted go to."""
+    return tuple(sorted({ladder[bisect_left(ladder, size)] for size in counts}))
 
 
 def least_waste(counts: Mapping[int, int], num_buckets: int) -> Ladder:

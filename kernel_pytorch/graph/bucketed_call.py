@@ -79,9 +79,10 @@ class BucketedCall:
     trace) and modes that change make it run again.
 
     inner: what runs padded calls. plain: the same function, of any size, without state of its own; None is `inner`. straight:
-    what runs calls that are not padded; None is `plain`. checking: entered while a call is checked. model: whose signature the
-    declarations are of. tile: see make_buckets. static_inputs: padded arguments are always in the same memory, as graphs
-    want them. num_captures: graphs recorded by `inner` so far. busy: someone else captures now."""
+    what runs calls that are not padded; None is `plain`. replay: as GraphedCall.replay, of `inner`. checking: entered while a
+    call is checked. model: whose signature the declarations are of. tile: see make_buckets. static_inputs: padded arguments
+    are always in the same memory, as graphs want them. num_captures: graphs recorded by `inner` so far. busy: someone else
+    captures now."""
 
     def __init__(
         self,
@@ -92,6 +93,7 @@ class BucketedCall:
         *,
         plain: Callable[..., Any] | None = None,
         straight: Callable[..., Any] | None = None,
+        replay: Callable[[tuple[Any, ...], dict[str, Any]], tuple[bool, Any]] | None = None,
         checking: Callable[[], AbstractContextManager[Any]] = nullcontext,
         tile: int | None = None,
         static_inputs: bool = False,
@@ -99,7 +101,7 @@ class BucketedCall:
         busy: Callable[[], bool] = lambda: False,
     ) -> None:
         self._model, self._inner, self._plain = model, inner, plain or inner
-        self._unpadded, self._checking = straight or self._plain, checking
+        self._unpadded, self._replay, self._checking = straight or self._plain, replay, checking
         self._static_inputs, self._num_captures, self._busy = static_inputs, num_captures, busy
         self._declarations = Declarations(model.forward, dynamic_dims)
         self._buckets = {name: make_buckets(bucketing, tile) for name in self._declarations.size_names}
@@ -127,10 +129,18 @@ class BucketedCall:
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, counted: bool = False) -> Any:
         """counted: this call was begun before, and then found to have to go another way."""
+        key = form(args, kwargs)
+        route = None if key is None else self._routes.get(key)
+        if isinstance(route, _Route) and not counted and self._is_known(route):
+            counted = True
+            if not self._observe(route.found):
+                done, result = self._replayed(route, args, kwargs)
+                if done:
+                    return result
         why = self._straight_through()
         if why is not None:
             return self._straight(why, args, kwargs)
-        key = form(args, kwargs)
+        # Looking at the model, or counting, may have emptied the routes.
         route = None if key is None else self._routes.get(key)
         if route is None:
             route = self._route(args, kwargs)
@@ -148,6 +158,10 @@ class BucketedCall:
         if route.bucket.passed is None and (not route.exact or (self._static_inputs and route.bucket.takes_copies is None)):
             return self._first(route, found, args, kwargs)
         return self._run(route, found, args, kwargs)
+
+    def _is_known(self, route: _Route) -> bool:
+        known = route.bucket.takes_copies if route.exact else route.bucket.passed is not None
+        return self._replay is not None and bool(known) and not self._settling and not torch.is_grad_enabled()
 
     def _route(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Route | str:
         """Where a call goes; or why it goes straight through."""
@@ -188,7 +202,7 @@ class BucketedCall:
             return "the call is being captured by someone else"
         if self._guard.has_hooks():
             return "a module has a forward hook, which would see padding"
-        if self._guard.broken() is not None or (self._settling and self._num_writes() != self._writes):
+        if self._guard.other_code() is not None or (self._settling and self._other_tensors()):
             self._model_changed()
         self._num_calls_unchanged += 1
         self._settling = self._settling and self._num_calls_unchanged < _CALLS_OF_A_CHECK
@@ -219,6 +233,9 @@ class BucketedCall:
         self._tensors = [t for t in (*self._model.parameters(), *self._model.buffers()) if not t.is_inference()]
         self._writes = self._num_writes()
 
+    def _other_tensors(self) -> bool:
+        return self._num_writes() != self._writes or self._guard.other_tensors() is not None
+
     def _num_writes(self) -> int:
         return sum(map(_version, self._tensors))
 
@@ -226,6 +243,8 @@ class BucketedCall:
         """Answers with the plain call, and finds out beside it whether calls like this one may be padded, or, where nothing has
         to be padded, may be made on copies of their arguments."""
         family, bucket = route.family, route.bucket
+        if self._other_tensors():
+            self._model_changed()
         with torch.compiler.set_stance("force_eager"), self._checking():
             seen = watched_call(self._model, self._plain, found.tensors[0].device, args, kwargs)
             if route.exact:
@@ -264,6 +283,22 @@ class BucketedCall:
         bucket.row.pop("refused", None)
         self._report.checked(bucket.row, outcome)
 
+    def _replayed(self, route: _Route, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
+        """The road of nearly all calls with graphs: what replays looks at the model itself, while the device works. It looks at the
+        model of the last call that went another way, which this object looked at too."""
+        found = route.found.again(args, kwargs)
+        tensors = self._inputs(route.bucket, found, route.exact)
+        assert self._replay is not None
+        new_args, new_kwargs = found.replace(args, kwargs, tensors)
+        done, result = self._replay(tuple(new_args), new_kwargs)
+        if not done or (not route.exact and self._num_writes() != self._writes):
+            return False, None
+        outputs = Outputs(result)
+        if not route.exact and not self._is_as_checked(route.bucket, outputs):
+            return False, None
+        self._num_calls_unchanged += 1
+        return True, self._answer(route, outputs, found, tensors)
+
     def _run(self, route: _Route, found: Found, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bucket, row = route.bucket, route.bucket.row
         tensors = self._inputs(bucket, found, route.exact)
@@ -272,19 +307,26 @@ class BucketedCall:
         result = self._inner(*new_args, **new_kwargs)
         row["captures"] += self._num_captures() - captures
         row["compilations"] += num_compilations() - compilations
-        if tensors is not found.tensors:
-            # Looked at here, while a device may still compute: a call that was checked to write nothing does no harm.
-            if self._num_writes() != self._writes:
-                self._model_changed()
-                return self._call(args, kwargs, counted=True)
-            outputs = Outputs(result)
-            if not route.exact and (bucket.passed is None or outputs.shapes() != bucket.passed.shapes):
-                # Python attributes decide on the output, and are not watched: what was checked is another function.
-                bucket.passed = None
-                return self._straight("the output is not shaped as it was when padding was checked", args, kwargs)
-            result = self._cut(outputs, None if route.exact or bucket.passed is None else bucket.passed.cuts, found, tensors)
-        self._report.call(row, route.num_real, route.num_padded)
-        return result
+        if tensors is found.tensors:
+            self._report.call(row, route.num_real, route.num_padded)
+            return result
+        # Looked at here, while a device may still compute: other weights do no harm to a call that writes to nothing.
+        if not route.exact and self._other_tensors():
+            self._model_changed()
+            return self._call(args, kwargs, counted=True)
+        outputs = Outputs(result)
+        if not route.exact and not self._is_as_checked(bucket, outputs):
+            # Python attributes decide on the output, and are not watched: what was checked is another function.
+            bucket.passed = None
+            return self._straight("the output is not shaped as it was when padding was checked", args, kwargs)
+        return self._answer(route, outputs, found, tensors)
+
+    def _is_as_checked(self, bucket: _Bucket, outputs: Outputs) -> bool:
+        return bucket.passed is not None and outputs.shapes() == bucket.passed.shapes
+
+    def _answer(self, route: _Route, outputs: Outputs, found: Found, tensors: list[torch.Tensor]) -> Any:
+        self._report.call(route.bucket.row, route.num_real, route.num_padded)
+        return self._cut(outputs, None if route.exact or route.bucket.passed is None else route.bucket.passed.cuts, found, tensors)
 
     def _cut(self, outputs: Outputs, cuts: list[Cut] | None, found: Found, tensors: list[torch.Tensor]) -> Any:
         """The caller's outputs. cuts: None where nothing was padded."""

@@ -8,14 +8,21 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from kernel_pytorch.choices import BucketStrategy
-from kernel_pytorch.graph.bucket_fit import least_memory, least_waste
+from kernel_pytorch.graph.bucket_fit import least_memory, least_waste, padding, used
 from kernel_pytorch.schema import BucketingConfig
 
 Ladder = tuple[int, ...]
+# Size -> calls.
+Counts = Mapping[int, int]
 # Where a device's matmul tile is unknown: 8 values of 16 bits are 16 bytes, the widest load of one lane.
 FALLBACK_TILE = 8
+# Part of the elements computed, or of the memory, that a fitted ladder must save to replace the one before.
+_WORTH = 0.05
+# memory_optimal fits to this part of its limit of padding, and holds to a ladder that exceeds the limit by this much (ratio).
+_HEADROOM, _SLACK = 0.9, 0.02
 
 
 def geometric_sizes(min_size: int, max_size: int, growth: float) -> Ladder:
@@ -82,10 +89,21 @@ class FixedBuckets(Buckets):
 
 class FittedBuckets(Buckets):
     """Starts from a fixed ladder and fits another one to the sizes seen after `fit_after` calls, and each time their number
-    has doubled. Sizes above the largest one seen go to max_size, which counts as one of num_buckets."""
+    has doubled. Sizes above the largest one seen go to max_size, which counts as one of num_buckets.
 
-    def __init__(self, start: Ladder, fit: Callable[[Mapping[int, int], int], Ladder], *, num_buckets: int, fit_after: int) -> None:
-        self._sizes, self._fit = start, fit
+    fit: a ladder for counts of sizes and a number of buckets. worth: whether a fitted ladder, the last argument, is enough of a
+    gain over the one before, for the counts seen: every bucket that changes is a graph to be captured."""
+
+    def __init__(
+        self,
+        start: Ladder,
+        fit: Callable[[Counts, int], Ladder],
+        worth: Callable[[Counts, Ladder, Ladder], bool],
+        *,
+        num_buckets: int,
+        fit_after: int,
+    ) -> None:
+        self._sizes, self._fit, self._worth = start, fit, worth
         self._num_buckets, self._next_fit = num_buckets, fit_after
         self._max_size = start[-1]
         self._counts: dict[int, int] = {}
@@ -103,12 +121,32 @@ class FittedBuckets(Buckets):
         if self._num_seen < self._next_fit:
             return False
         self._next_fit = 2 * self._num_seen
-        before, self._sizes = self._sizes, self._fitted()
-        return self._sizes != before
+        fitted = self._fitted()
+        # The first ladder is of any length: it gives way in any case.
+        is_fitted = len(self._sizes) <= self._num_buckets
+        if fitted == self._sizes or (is_fitted and not self._worth(self._counts, self._sizes, fitted)):
+            return False
+        self._sizes = fitted
+        return True
 
     def _fitted(self) -> Ladder:
         rest = () if max(self._counts) == self._max_size else (self._max_size,)
         return (*self._fit(self._counts, max(self._num_buckets - len(rest), 1)), *rest)
+
+
+def pads_less(counts: Counts, before: Ladder, after: Ladder) -> bool:
+    """Whether a ladder makes a model compute enough fewer elements."""
+    real = sum(size * count for size, count in counts.items())
+    return real + padding(counts, after) < (1 - _WORTH) * (real + padding(counts, before))
+
+
+def takes_less(counts: Counts, before: Ladder, after: Ladder, max_waste: float) -> bool:
+    """Whether a ladder takes enough less memory, or keeps to a limit of padding that the one before does not keep to."""
+    real = sum(size * count for size, count in counts.items())
+    now, then = padding(counts, before) / real, padding(counts, after) / real
+    if now > max_waste + _SLACK:
+        return then < now - _SLACK
+    return sum(used(counts, after)) < (1 - _WORTH) * sum(used(counts, before))
 
 
 def make_buckets(config: BucketingConfig, tile: int | None) -> Buckets:
@@ -120,11 +158,10 @@ def make_buckets(config: BucketingConfig, tile: int | None) -> Buckets:
     if strategy is BucketStrategy.hardware_aware:
         return FixedBuckets(tiled_sizes(config.min_size, config.max_size, config.growth, tile or FALLBACK_TILE))
     if strategy is BucketStrategy.adaptive:
-        return FittedBuckets(start, least_waste, num_buckets=config.num_buckets, fit_after=config.fit_after)
+        return FittedBuckets(start, least_waste, pads_less, num_buckets=config.num_buckets, fit_after=config.fit_after)
     if strategy is BucketStrategy.memory_optimal:
-
-        def fit(counts: Mapping[int, int], num_buckets: int) -> Ladder:
-            return least_memory(counts, num_buckets, config.max_waste)
-
-        return FittedBuckets(start, fit, num_buckets=config.num_buckets, fit_after=config.fit_after)
+        # Short of the limit, which the sizes to come shall keep to as well.
+        fit = partial(least_memory, max_waste=config.max_waste * _HEADROOM)
+        worth = partial(takes_less, max_waste=config.max_waste)
+        return FittedBuckets(start, fit, worth, num_buckets=config.num_buckets, fit_after=config.fit_after)
     return FixedBuckets(start)

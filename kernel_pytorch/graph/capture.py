@@ -67,6 +67,7 @@ def bucket_calls(
         bucketing,
         plain=graphed.plain,
         straight=graphed,
+        replay=graphed.replay,
         checking=without_pieces,
         tile=tile,
         static_inputs=True,

@@ -16,6 +16,7 @@ import torch
 
 from kernel_pytorch.errors import NoEffectError
 from kernel_pytorch.graph.inputs import is_plain, value_key
+from kernel_pytorch.graph.signature import copy_all
 from kernel_pytorch.values import DYNAMIC_DIM
 
 # Name of the size of dims that are declared without one.
@@ -106,8 +107,7 @@ class StaticInputs:
                 tensor.fill_(value)
             self._parts = [_part(tensor, dims, found.sizes) for tensor, dims in zip(self.tensors, found.dims, strict=True)]
             self._sizes = dict(found.sizes)
-        for part, tensor in zip(self._parts, found.tensors, strict=True):
-            part.copy_(tensor)
+        copy_all(self._parts, found.tensors)
 
 
 class Declarations:

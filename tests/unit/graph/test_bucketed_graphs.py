@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from kernel_pytorch.choices import BucketStrategy, GraphDeploymentStrategy
 from kernel_pytorch.graph.bucketed_call import BucketedCall
@@ -115,6 +116,53 @@ def test_pieces_are_captured_for_buckets_and_left_out_of_checks(wrap: Callable[.
     captured = {(d["module"], d["inputs"]) for d in decisions if d["captured"] and "module" in d}
     assert captured == {("linear", "float32[2, 16, 16]"), ("linear", "float32[2, 8, 16]")}
     assert recorder.num_replays > 0
+
+
+def test_a_model_that_went_to_training_never_sees_padding(wrap: Callable[..., Any], Rerun: Any) -> None:
+    """Its graph of a padded call is there, and is launched before the model is looked at."""
+
+    class Traced(Rerun):
+        """Replays the operations of the recorded call, and not what the model would do now."""
+
+        def record(self, call: Callable[[], Any]) -> Any:
+            return super().record(make_fx(lambda: call())())
+
+    with torch.inference_mode(False), torch.no_grad():
+        model, twin = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4)), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4))
+        twin.load_state_dict(model.state_dict())
+        twin.eval()
+        _, recorder = around_linear(model, wrap, Traced())
+        for training in (False, True, False, True, False):
+            model.train(training)
+            twin.train(training)
+            for size in (5, 6, 7, 8, 5, 6, 8, 7):
+                x = torch.randn(size, 4)
+                assert torch.allclose(model(x), twin(x), atol=1e-6)
+            for mine, other in zip(model.buffers(), twin.buffers(), strict=True):
+                assert torch.allclose(mine, other, atol=1e-6)
+        assert recorder.num_replays > 0
+
+
+def test_weights_and_submodules_that_are_swapped_count_in_the_next_call(wrap: Callable[..., Any]) -> None:
+    with torch.inference_mode(False), torch.no_grad():
+        model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
+        _, recorder = around_linear(model, wrap)
+        for step in range(6):
+            for size in (5, 6, 7, 8, 5):
+                x = torch.randn(size, 4)
+                assert torch.allclose(model(x), model._call_impl(x), atol=1e-6)
+            if step == 1:
+                model[0].weight.fill_(0.5)
+            if step == 2:
+                model[0] = nn.Linear(4, 4).eval()
+            if step == 3:
+                model[2].weight = nn.Parameter(torch.ones(4, 4))
+        assert recorder.num_replays > 10
+
+
+def around_linear(model: nn.Module, wrap: Callable[..., Any], recorder: Any = None) -> tuple[BucketedCall, Any]:
+    graphed, recorder = wrap(model.eval(), recorder)
+    return bucket_calls(model, graphed, ["input:0"], BucketingConfig(), None), recorder
 
 
 def test_a_recipes_keys_reach_the_step() -> None:

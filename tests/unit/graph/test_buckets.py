@@ -176,6 +176,29 @@ def test_fitting_happens_after_so_many_calls_and_then_when_they_have_doubled() -
     assert ladder.observe(65) is False
 
 
+def test_a_ladder_that_saves_little_does_not_replace_one_that_has_its_graphs() -> None:
+    ladder = buckets("adaptive", max_size=64, num_buckets=3, fit_after=8)
+    seen(ladder, {10: 4, 30: 4})
+    assert ladder.sizes == (10, 30, 64)
+    # 10 and 11 at 30 cost 19 beside 321 real elements, and (11, 30, 64) would cost 7.
+    seen(ladder, {10: 3, 30: 4, 11: 1})
+    assert ladder.sizes == (10, 30, 64)
+    # 20 at 30 costs 160 more: 179 beside 641, and (20, 30, 64) costs 79.
+    seen(ladder, {20: 16})
+    assert ladder.sizes == (20, 30, 64)
+
+
+def test_a_limit_that_is_kept_but_for_a_little_is_no_reason_for_other_buckets() -> None:
+    ladder = buckets("memory_optimal", max_size=64, num_buckets=4, fit_after=8, max_waste=0.2)
+    seen(ladder, {10: 4, 12: 4})
+    assert ladder.sizes == (12, 64)
+    seen(ladder, {10: 4, 12: 4})
+    assert ladder.sizes == (12, 64)
+    # Padding is 560 of 656 now, and with three buckets 16.
+    seen(ladder, {30: 16})
+    assert ladder.sizes == (12, 30, 64)
+
+
 def test_an_empty_range_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="min_size=65 is above max_size=64"):
         buckets("linear", min_size=65, max_size=64)
