@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 import weakref
 from abc import ABC, abstractmethod
@@ -91,12 +92,22 @@ class Recorder(ABC):
         """Marks the end of a replay and of the copies out of its memory."""
 
 
+# torch's pool of streams of one priority (c10/cuda/CUDAStream.h).
+_STREAMS_OF_TORCH = 32
+_RECORDERS: weakref.WeakSet[CudaRecorder] = weakref.WeakSet()
+
+
+@functools.cache
+def _warm_up_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
 class CudaRecorder(Recorder):
     """CUDA graphs on one device. All graphs share one memory pool: outputs are copied out before the next replay."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._stream = torch.cuda.Stream(device)
+        self._stream: torch.cuda.Stream | None = None
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         self._pool: Any = None
         self._last: torch.cuda.Stream | None = None
@@ -105,19 +116,23 @@ class CudaRecorder(Recorder):
         return torch.cuda.is_current_stream_capturing()
 
     def warm_up(self, call: Callable[[], Any], num_calls: int) -> None:
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):
+        # Not on the stream that records: torch keeps cuBLAS a workspace for each stream. One that is made while recording lies in
+        # the graphs' pool; one from a warm-up there would lie outside, where torch's own graphs give all workspaces back.
+        stream = _warm_up_stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
             for _ in range(num_calls):
                 call()
-        torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
 
     def record(self, call: Callable[[], Any]) -> Recording:
         torch.cuda.synchronize(self.device)
         # Casts that autocast remembers would be read by later calls, but capture does not compute them.
         torch.clear_autocast_cache()
-        # A pool ends with its last graph; its handle cannot be used again.
+        # A pool ends with its last graph; its handle cannot be used again, nor the stream whose workspace lies in it.
         if self._pool is None or not self._graphs:
             self._pool = torch.cuda.graph_pool_handle()
+            self._stream = self._new_stream()
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         graph = torch.cuda.CUDAGraph()
@@ -137,6 +152,13 @@ class CudaRecorder(Recorder):
         self._graphs.add(graph)
         most, still = torch.cuda.max_memory_allocated(self.device), torch.cuda.memory_allocated(self.device)
         return Recording(output, graph.replay, most - before, max(0, still - before))
+
+    def _new_stream(self) -> torch.cuda.Stream:
+        """One that nobody here has used: torch gives out the same few in turns, so one that is taken is passed over."""
+        taken = [_warm_up_stream(self.device), *(other._stream for other in _RECORDERS)]
+        _RECORDERS.add(self)
+        streams = [torch.cuda.Stream(self.device) for _ in range(_STREAMS_OF_TORCH)]
+        return next((stream for stream in streams if stream not in taken), next(s for s in streams if s != taken[0]))
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
         """Ends a capture that failed: the end fails too, for the reason that is being raised, and leaves the random

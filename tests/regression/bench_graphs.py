@@ -108,6 +108,7 @@ def main(options: argparse.Namespace) -> None:
         record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"workload": worker.name, "arms": []}
         if failed is not None:
             record["failed"] = failed
+            print(f"{worker.name}: {failed}\n" + "\n".join(path.with_name(f"{worker.name}.log").read_text().splitlines()[-12:]), flush=True)
         records.append(record)
         (options.out / "bench_graphs.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
         print(table(record), flush=True)
@@ -127,7 +128,7 @@ def table(record: dict[str, Any]) -> str:
             lines.append(f"  {arm['arm']:26s} {arm['failed'][:110]}")
             continue
         row = f"  {arm['arm']:26s}"
-        if "latency_us" in arm:
+        if "latency_regret" in arm:
             low, high = arm["latency_range_us"]
             row += f" {arm['latency_us']:9.1f} ({low:7.1f}-{high:7.1f}) {arm['latency_regret']:7.3f} {arm['throughput_us']:9.1f}"
             row += f" {arm['throughput_regret']:7.3f}"

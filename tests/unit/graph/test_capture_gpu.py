@@ -339,6 +339,25 @@ def test_buffers_in_turns_have_a_graph_each_where_copies_cost() -> None:
     assert torch.cuda.memory_allocated() - before < xs[0].nbytes // 2
 
 
+def test_a_graph_keeps_the_workspace_that_its_products_use() -> None:
+    """torch.compile's own graphs give back every cuBLAS workspace of the process before they record, and the memory to the device."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(256, 256), nn.ReLU()))).cuda()
+    graphed = wrap(model, min_speedup=0.0)
+    x = torch.randn(64, 256, device="cuda")
+    with torch.inference_mode():
+        expected = model(x).clone()
+    assert graphed.manager.statistics["captures"] == 1
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    with torch.inference_mode():
+        for _ in range(3):
+            assert torch.equal(model(x), expected)
+    torch.cuda.synchronize()
+    assert graphed.manager.statistics["replays"] >= 3
+
+
 def test_a_model_that_raises_while_it_is_recorded_harms_nothing() -> None:
     class Raises(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
