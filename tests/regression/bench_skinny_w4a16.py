@@ -1,4 +1,4 @@
-"""NVFP4 weights (kernels/skinny_w4a16) against torchao int4, gemlite NVFP4 and cuBLAS bf16.
+"""NVFP4 weights (kernels/skinny_w4a16) against torchao int4, gemlite NVFP4 and cuBLAS bf16, and against a kernel that only reads.
 
 python bench_skinny_w4a16.py OUT.json [--rows 1,8,32] [--arms A,B]
 
@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import nn
 from torch.nn import functional as F
 
@@ -30,6 +32,8 @@ from kernel_pytorch.kernels import tune
 NAMES = dict(zip(op.LLAMA, ("qkv", "o", "gate_up", "down"), strict=True))
 FAILED = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 ROUNDS = 21
+# Words that a program of the reading kernel reads.
+READ_BLOCK = 4096
 
 Call = Callable[[], torch.Tensor]
 
@@ -64,11 +68,45 @@ def gemlite(weights: list[torch.Tensor], x: torch.Tensor) -> list[Call]:
     return [functools.partial(layer, x) for layer in layers]
 
 
+@triton.jit
+def _read(x_ptr, out_ptr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(x_ptr + at, eviction_policy="evict_first")
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    tl.store(out_ptr + tl.program_id(0), tl.sum(values))
+
+
+def reading(weights: list[torch.Tensor], x: torch.Tensor) -> list[Call]:
+    """The floor: as many bytes as our weight has, read once by 16 KB a program, one number written of each."""
+    size = sum(part.nbytes for part in space.store(weights[0])[:2]) // 4 // READ_BLOCK * READ_BLOCK
+    stored = [torch.zeros(size, dtype=torch.int32, device="cuda") for _ in range(-(-tune.ROTATED_BYTES // (size * 4)))]
+    out = torch.empty(size // READ_BLOCK, dtype=torch.int32, device="cuda")
+    overlap = op.device(x.device.index).dependent_launch
+    extra = {"launch_pdl": True} if overlap else {}
+    kernel: Any = _read
+
+    def call(one: torch.Tensor) -> torch.Tensor:
+        kernel[(size // READ_BLOCK,)](one, out, BLOCK=READ_BLOCK, PDL=overlap, **extra)
+        return out
+
+    return [functools.partial(call, one) for one in stored]
+
+
 def cublas(weights: list[torch.Tensor], x: torch.Tensor) -> list[Call]:
     return [functools.partial(F.linear, x, w) for w in weights]
 
 
-ARMS = {"ours nvfp4": ours, "ours nvfp4 A/A": ours, "bf16 cuBLAS": cublas, "torchao int4": torchao_int4, "gemlite nvfp4": gemlite}
+ARMS = {
+    "ours nvfp4": ours,
+    "ours nvfp4 A/A": ours,
+    "only reading": reading,
+    "bf16 cuBLAS": cublas,
+    "torchao int4": torchao_int4,
+    "gemlite nvfp4": gemlite,
+}
 
 
 def measure(n: int, k: int, m: int, names: list[str]) -> dict[str, Any]:
