@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 from kernel_pytorch.graph.inputs import value_key
 
 _TENSORS = frozenset({torch.Tensor, nn.Parameter})
+_SEQUENCES = frozenset({tuple, list})
 _SIZE, _STRIDE, _POINTER = torch.Tensor.size, torch.Tensor.stride, torch.Tensor.data_ptr
 _KIND = attrgetter("dtype", "device", "layout")
 # In C++, where torch was built for CUDA: what torch's own graphs compare addresses with.
@@ -56,15 +58,20 @@ def _flatten(value: Any, skeleton: list[Any], tensors: list[torch.Tensor]) -> bo
         skeleton.extend(value_key(value))
         return True
     if kind is tuple or kind is list:
-        skeleton.append((kind, len(value)))
-        for item in value:
-            # A cache is a tuple of tuples of tensors: one Python call a tensor less.
-            if type(item) in _TENSORS:
-                tensors.append(item)
-                skeleton.append(None)
-            elif not _flatten(item, skeleton, tensors):
-                return False
-        return True
+        # A cache is a tuple of tuples of tensors: no Python code for each.
+        inside = set(map(type, value))
+        if inside <= _TENSORS:
+            skeleton.append((kind, len(value)))
+            tensors.extend(value)
+            return True
+        if inside <= _SEQUENCES:
+            leaves = list(chain.from_iterable(value))
+            if _TENSORS.issuperset(map(type, leaves)):
+                skeleton.append((kind, tuple(map(type, value)), tuple(map(len, value))))
+                tensors.extend(leaves)
+                return True
+        skeleton.append((kind, len(value), None))
+        return all(_flatten(item, skeleton, tensors) for item in value)
     if kind is dict:
         if any(type(key) not in _VALUES for key in value):
             return False

@@ -121,7 +121,7 @@ def table(record: dict[str, Any]) -> str:
     noise = record.get("noise", {})
     if noise:
         lines[0] += f" A/A {noise['latency'] - 1:+.1%} {noise['throughput'] - 1:+.1%}"
-    columns = f"{'latency us (p10-p90)':>27s} {'regret':>7s} {'thru. us':>9s} {'regret':>7s}"
+    columns = f"{'latency us (p10-p90)':>27s} {'regret':>7s} {'thru. us':>9s} {'regret':>7s} {'of arms that keep outputs':>25s}"
     lines.append(f"  {'arm':26s} {columns} kept MB  max MB  first s build s graphs")
     for arm in record["arms"]:
         if "failed" in arm:
@@ -131,9 +131,9 @@ def table(record: dict[str, Any]) -> str:
         if "latency_regret" in arm:
             low, high = arm["latency_range_us"]
             row += f" {arm['latency_us']:9.1f} ({low:7.1f}-{high:7.1f}) {arm['latency_regret']:7.3f} {arm['throughput_us']:9.1f}"
-            row += f" {arm['throughput_regret']:7.3f}"
+            row += f" {arm['throughput_regret']:7.3f} {arm['latency_regret_keeping']:12.3f} {arm['throughput_regret_keeping']:12.3f}"
         else:
-            row += " " * 55
+            row += " " * 81
         memory = [arm.get("kept_mb_beyond_eager"), arm.get("max_mb_beyond_eager")]
         row += " ".join(f"{value:7.1f}" if value is not None else f"{'-':>7s}" for value in memory)
         row += f" {arm.get('first_call_s', 0):7.1f} {arm.get('build_s', 0):7.1f} {arm.get('num_captures', 0):6d} {arm.get('verdict', '')}"
