@@ -172,7 +172,10 @@ def _own_ids(module: nn.Module) -> set[int]:
 
 
 def _device_of(model: nn.Module) -> torch.device:
-    return next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    # Weights of streamed blocks lie on the host, and the memory that they compute in does not.
+    held = [tensor for module in model.modules() for tensor in getattr(module, "held_tensors", ())]
+    devices = [tensor.device for tensor in [*model.parameters(), *model.buffers(), *held]]
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
 
 def config_of(saved: Saved) -> RootConfig:

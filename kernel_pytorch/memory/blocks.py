@@ -70,7 +70,7 @@ def weights_of(model: nn.Module, blocks: Mapping[str, nn.Module]) -> Weights:
 
     Every other buffer stays: a block may write to it (statistics, caches), and what is written in a slot is lost. What has a
     second owner stays, too."""
-    owners = _owners(model, blocks)
+    owners, attributes = _owners(model, blocks), _attributes(model)
     names: dict[str, list[str]] = {}
     skipped: list[Skipped] = []
     for block_name, block in blocks.items():
@@ -79,7 +79,7 @@ def weights_of(model: nn.Module, blocks: Mapping[str, nn.Module]) -> Weights:
             # The name by which quantized layers are known: their buffers are weights.
             packed = module._buffers if hasattr(module, "dequantize") else {}
             for key, tensor in {**module._parameters, **packed}.items():
-                reason = None if tensor is None else _why_it_stays(tensor, owners, block_name)
+                reason = None if tensor is None else _why_it_stays(tensor, owners, attributes, block_name)
                 if tensor is not None and reason is None:
                     moved.add(id(tensor))
                 elif reason is not None:
@@ -88,9 +88,11 @@ def weights_of(model: nn.Module, blocks: Mapping[str, nn.Module]) -> Weights:
     return Weights(names, skipped)
 
 
-def _why_it_stays(tensor: torch.Tensor, owners: Mapping[int, set[str]], block: str) -> str | None:
+def _why_it_stays(tensor: torch.Tensor, owners: Mapping[int, set[str]], attributes: Mapping[int, str], block: str) -> str | None:
     if not is_movable(tensor):
         return f"a {type(tensor).__name__} of layout {str(tensor.layout).removeprefix('torch.')}, whose bytes are not the tensor"
+    if _storage(tensor) in attributes:
+        return f"also held by the attribute {attributes[_storage(tensor)]}, which would not move: it stays on the device"
     others = sorted(owners[_storage(tensor)] - {block})
     return f"shared with {others[0] or 'the rest of the model'}: it stays on the device" if others else None
 
@@ -107,6 +109,20 @@ def _owners(model: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[int, set[
             if tensor is not None and is_movable(tensor):
                 owners.setdefault(_storage(tensor), set()).add(name)
     return owners
+
+
+def _attributes(model: nn.Module) -> dict[int, str]:
+    """By storage, a Python attribute that has it beside the registered tensors, alone or in a list, tuple or dict (as RNNs do)."""
+    found: dict[int, str] = {}
+    for path, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key in ("_parameters", "_buffers", "_modules"):
+                continue
+            inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+            for tensor in inside:
+                if isinstance(tensor, torch.Tensor) and is_movable(tensor):
+                    found[_storage(tensor)] = f"{path}.{key}" if path else key
+    return found
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -33,6 +33,10 @@ class Lanes(ABC):
         """The mark behind everything that the caller's lane was given so far."""
 
     @abstractmethod
+    def finish(self) -> None:
+        """Waits, on the host, until all copies that were queued have ended."""
+
+    @abstractmethod
     def claim(self, memory: torch.Tensor) -> None:
         """Says that the copying lane uses `memory`: its allocator must not give it away before those copies have ended."""
 
@@ -59,6 +63,9 @@ class CudaLanes(Lanes):
 
     def mark(self) -> Mark:
         return torch.cuda.current_stream(self._device).record_event()
+
+    def finish(self) -> None:
+        self._copying.synchronize()
 
     def claim(self, memory: torch.Tensor) -> None:
         memory.record_stream(self._copying)

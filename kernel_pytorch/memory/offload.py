@@ -143,6 +143,8 @@ def _fits(name: str, block: nn.Module, skipped: list[Skipped]) -> bool:
         reason = "its call is compiled already"
     elif isinstance(block, StreamedBlock):
         reason = "it is offloaded already"
+    elif any(isinstance(module, torch.jit.ScriptModule) for module in block.modules()):
+        reason = "TorchScript keeps its weights where they cannot be exchanged"
     if reason is not None:
         skipped.append(Skipped(name, reason))
     return reason is None

@@ -30,7 +30,9 @@ class Entry:
 def is_movable(tensor: torch.Tensor) -> bool:
     """Whether the tensor is plain memory that a copy of bytes moves."""
     return (
-        type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
+        type(tensor) in (torch.Tensor, nn.Parameter)
+        and tensor.layout is torch.strided
+        and not (tensor.is_quantized or tensor.is_meta or tensor.is_nested)
     )
 
 
@@ -58,7 +60,7 @@ class Pack:
             self._requires_grad = [original.requires_grad for original in originals]
             self._forms = [_form(original) for original in originals]
             self._is_parameter = [isinstance(original, nn.Parameter) for original in originals]
-            self._at_rest = self._views(self.host)
+            self._at_rest = self._views(self.host, self._requires_grad)
             for entry, tensor, original in zip(self._entries, self._at_rest, originals, strict=True):
                 tensor.copy_(original)
                 entry.table[entry.key] = tensor
@@ -80,7 +82,8 @@ class Pack:
         views = self._on_device.get(number)
         if views is None:
             with torch.inference_mode(False), torch.no_grad():
-                views = self._on_device[number] = self._views(memory)
+                # Without gradients: autocast would keep copies of those that could have one.
+                views = self._on_device[number] = self._views(memory, [False] * len(self._entries))
         for entry, tensor in zip(self._entries, views, strict=True):
             entry.table[entry.key] = tensor
 
@@ -89,20 +92,20 @@ class Pack:
         for entry, tensor in zip(self._entries, self._at_rest, strict=True):
             entry.table[entry.key] = tensor
 
-    def _views(self, memory: torch.Tensor) -> list[torch.Tensor]:
+    def _views(self, memory: torch.Tensor, requires_grad: Sequence[bool]) -> list[torch.Tensor]:
         """One tensor an entry, in `memory`; entries of one tensor share one object."""
         made: dict[int, torch.Tensor] = {}
         for index, entry in enumerate(self._entries):
             if entry.offset not in made:
-                made[entry.offset] = self._view(memory, index)
+                made[entry.offset] = self._view(memory, index, requires_grad[index])
         return [made[entry.offset] for entry in self._entries]
 
-    def _view(self, memory: torch.Tensor, index: int) -> torch.Tensor:
+    def _view(self, memory: torch.Tensor, index: int, requires_grad: bool) -> torch.Tensor:
         shape, stride, dtype = self._forms[index]
         offset = self._entries[index].offset
         flat = memory[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype)
         view = flat.as_strided(shape, stride)
-        return nn.Parameter(view, self._requires_grad[index]) if self._is_parameter[index] else view
+        return nn.Parameter(view, requires_grad) if self._is_parameter[index] else view
 
 
 def _form(tensor: torch.Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:

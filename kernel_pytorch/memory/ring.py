@@ -119,6 +119,11 @@ class Ring:
         """The slot's bytes are not the block's any more: it is copied again when it is called."""
         slot.version = -1
 
+    def finish(self) -> None:
+        """Waits until no copy reads the host's bytes any more: what is written there from now on counts in later calls only."""
+        with self._lock:
+            self._lanes.finish()
+
     def _find(self, number: int) -> Slot:
         slot = self._holding(number)
         if slot is None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from kernel_pytorch.errors import UnsupportedOperationError
-from kernel_pytorch.memory.pack import Pack
+from kernel_pytorch.memory.pack import Pack, is_movable
 from kernel_pytorch.memory.ring import Ring, Slot
 
 Allocate = Callable[[int], torch.Tensor]
@@ -64,6 +65,19 @@ def _leave(seat: _Seat, slot: Slot, version: int, *, failed: bool) -> None:
         )
 
 
+@torch.compiler.disable()
+def _own(slot: Slot, output: Any) -> Any:
+    """The output, with copies of what lies in the slot (a weight, or a view of one): the next block's bytes come there."""
+    memory = slot.memory.untyped_storage()._cdata
+
+    def is_inside(tensor: torch.Tensor) -> bool:
+        return is_movable(tensor) and tensor.untyped_storage()._cdata == memory
+
+    if not any(isinstance(leaf, torch.Tensor) and is_inside(leaf) for leaf in tree_leaves(output)):
+        return output
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.clone() if is_inside(tensor) else tensor, output)
+
+
 class StreamedBlock:
     """Mixed into a block's class. Its call computes as the block's own, in a slot of the ring."""
 
@@ -78,7 +92,7 @@ class StreamedBlock:
         slot, version = _enter(seat)
         failed = True
         try:
-            output = seat.compute(self, *args, **kwargs)
+            output = _own(slot, seat.compute(self, *args, **kwargs))
             failed = False
             return output
         finally:
@@ -93,6 +107,11 @@ class StreamedBlock:
             return forward(block, *inputs, **named)
 
         self._seat.compute = torch.compile(compute, *args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # Calls that the device has not come to yet compute with the values of now.
+        self._seat.ring.finish()
+        super()._load_from_state_dict(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A streamed block with memory of its own."""

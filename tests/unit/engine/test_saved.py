@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernel_pytorch.engine import saved
+from kernel_pytorch.engine import restore, saved
 from kernel_pytorch.engine.saved import ModelFacts, ModuleFacts, ProbeFacts, RecipeFacts, TensorFacts
 from kernel_pytorch.engine.saved_call import CallReader, CallWriter
 from kernel_pytorch.errors import ConfigError
@@ -361,3 +361,10 @@ def test_what_no_writer_wrote_is_refused(encoded):
 
     with pytest.raises(ConfigError, match="args"):
         CallReader(load, CPU).decode(encoded, "args")
+
+
+def test_a_model_all_of_whose_weights_are_streamed_is_on_the_device_of_its_slots() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    assert restore._device_of(model) == torch.device("cpu")
+    model[0].held_tensors = [torch.empty(1, device="meta")]
+    assert restore._device_of(model) == torch.device("meta")

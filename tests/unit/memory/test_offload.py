@@ -281,6 +281,98 @@ def test_weights_written_in_place_count_in_the_next_call(offload) -> None:
     assert applied.details["copies"]["stale"] >= 1
 
 
+def test_loading_a_state_dict_waits_for_copies_that_read_the_old_values(offload, lanes: Any, monkeypatch: Any) -> None:
+    model, other = llama(), llama()
+    other.init_weights(1)
+    applied = offload(model)
+    found: list[bool] = []
+    names = dict(applied.model.named_parameters())
+
+    def finish() -> None:
+        found.append(all(torch.equal(names[name], value) for name, value in model.state_dict().items() if name.startswith("layers.")))
+
+    monkeypatch.setattr(lanes, "finish", finish)
+    applied.model.load_state_dict(other.state_dict())
+    # The first of them before anything was written.
+    assert found == [True] + [False] * 5
+
+
+class Giving(nn.Module):
+    """A block that returns its weight, as it is and as a view."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((8,), value))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return x + 1, {"weight": self.weight, "prompt": self.weight.expand(2, 8)}
+
+
+class Collecting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Giving(10.0**index) for index in range(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        given = []
+        for layer in self.layers:
+            x, more = layer(x)
+            given.append(more)
+        return x[:2] + sum(more["weight"] + more["prompt"] for more in given)
+
+
+def test_weights_that_a_block_returns_outlive_its_slot(offload) -> None:
+    model = Collecting()
+    assert torch.equal(call(offload(model).model, Row()), call(model, Row()))
+
+
+class Holding(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.weight, self.other = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8))
+        self.kept: Any = {"list": [self.weight], "dict": {"w": self.weight}}.get(how)
+        if how == "alone":
+            self.__dict__["kept"] = self.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = self.kept[0] if isinstance(self.kept, list) else self.kept["w"] if isinstance(self.kept, dict) else self.kept
+        return x @ kept.mean(0).expand(8, 8) + self.other
+
+
+@pytest.mark.parametrize("how", ["alone", "list", "dict"])
+def test_what_a_python_attribute_holds_too_stays_so_that_both_are_one(offload, how: str) -> None:
+    applied = offload(nn.Sequential(*(Holding(how) for _ in range(5))))
+    reason = "also held by the attribute 0.kept, which would not move: it stays on the device"
+    assert [(row.module, row.reason) for row in applied.skipped][:1] == [("0.weight", reason)]
+    assert len(streamed(applied.model)) == 5
+    with torch.no_grad():
+        for parameter in applied.model.parameters():
+            parameter.zero_()
+    assert call(applied.model, Row()).abs().max() == 0
+
+
+def test_an_rnn_keeps_its_weights_and_torchscript_its_blocks(offload) -> None:
+    applied = offload(nn.Sequential(*(nn.LSTM(8, 8) for _ in range(5))))
+    assert "0 blocks" in applied.not_applicable
+    assert applied.skipped[0].reason.startswith("also held by the attribute 0._flat_weights")
+    applied = offload(nn.Sequential(*(torch.jit.script(nn.Linear(8, 8)) for _ in range(5))))
+    assert {row.reason for row in applied.skipped} == {"TorchScript keeps its weights where they cannot be exchanged"}
+
+
+def test_autocast_keeps_no_copies_of_weights(offload) -> None:
+    model, other = (nn.Sequential(*(nn.Linear(8, 8) for _ in range(5))) for _ in range(2))
+    applied = offload(model)
+    x = torch.linspace(-1, 1, 32).view(4, 8)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = other(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            applied.model(x)
+            applied.model(x)
+            applied.model.load_state_dict(other.state_dict())
+            assert torch.equal(applied.model(x), expected)
+
+
 @pytest.mark.parametrize("how", ["replace", "move"])
 def test_a_weight_that_is_replaced_or_moved_is_an_error(offload, how: str) -> None:
     applied = offload(llama())

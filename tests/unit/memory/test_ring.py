@@ -79,6 +79,9 @@ class LazyLanes(Lanes):
         self.submit(lambda: setattr(mark, "passed", True))
         return mark
 
+    def finish(self) -> None:
+        self.run(0)
+
     def claim(self, memory: torch.Tensor) -> None:
         self.claimed.append(memory)
 
@@ -216,6 +219,21 @@ def test_what_is_written_to_the_host_counts_in_the_next_call(lanes: Any) -> None
         assert slot.memory[:BYTES].unique().tolist() == [value]
         ring.leave(slot)
     assert ring.counts["stale"] == 1
+
+
+@pytest.mark.parametrize(("finished", "expected"), [(False, 77), (True, 2)])
+def test_calls_that_the_device_has_not_come_to_keep_the_hosts_bytes_once_they_are_finished(finished: bool, expected: int) -> None:
+    lanes = LazyLanes()
+    ring, hosts = make_ring(lanes, 4, 1)
+    seen: list[list[int]] = []
+    for number in (0, 1):
+        compute(lanes, ring, number, seen)
+    if finished:
+        ring.finish()
+    hosts[1].fill_(77)
+    compute(lanes, ring, 1, seen)
+    lanes.run(0)
+    assert seen[1:] == [[expected] * 2, [77] * 2]
 
 
 @pytest.mark.parametrize("seed", range(20))
