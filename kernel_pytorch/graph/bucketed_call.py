@@ -155,6 +155,8 @@ class BucketedCall:
         if route.family.refusal is not None and not route.exact:
             return self._straight(route.family.refusal, args, kwargs)
         found = route.found.again(args, kwargs)
+        if route.bucket.passed is None and not route.exact and not found.shows_padding(route.bucket.targets):
+            return self._straight("all declared elements are what padding holds: a check would not see it", args, kwargs)
         if route.bucket.passed is None and (not route.exact or (self._static_inputs and route.bucket.takes_copies is None)):
             return self._first(route, found, args, kwargs)
         return self._run(route, found, args, kwargs)
@@ -221,6 +223,9 @@ class BucketedCall:
         for family in map(self._families.get, keys):
             if family is not None:
                 family.refusal, family.num_tries = None, 0
+                for bucket in family.buckets.values():
+                    if bucket.inputs is not None and not self._is_there(bucket):
+                        bucket.row["buffer_bytes"] -= bucket.inputs.num_bytes
                 family.buckets = {sizes: bucket for sizes, bucket in family.buckets.items() if self._is_there(bucket)}
                 for bucket in family.buckets.values():
                     bucket.passed = bucket.takes_copies = None
@@ -278,6 +283,9 @@ class BucketedCall:
         outcome = check_padding(run, found, result, bucket.targets, smallest, types)
         if isinstance(outcome, str):
             family.refusal = outcome
+            return
+        if not outcome.other_padding and not all(found.kept):
+            # What was left of the arguments at the sizes tried showed nothing: another call may.
             return
         bucket.passed, bucket.takes_copies = outcome, True
         bucket.row.pop("refused", None)

@@ -131,7 +131,9 @@ class FittedBuckets(Buckets):
 
     def _fitted(self) -> Ladder:
         rest = () if max(self._counts) == self._max_size else (self._max_size,)
-        return (*self._fit(self._counts, max(self._num_buckets - len(rest), 1)), *rest)
+        if len(rest) == self._num_buckets:
+            return rest
+        return (*self._fit(self._counts, self._num_buckets - len(rest)), *rest)
 
 
 def pads_less(counts: Counts, before: Ladder, after: Ladder) -> bool:

@@ -82,6 +82,12 @@ class Found:
         indices stay valid, and of floating point tensors turned, stretched and shifted ones."""
         return [_filled(self, index, targets) if kept else _repeated(self, index, targets) for index, kept in enumerate(self.kept)]
 
+    def shows_padding(self, targets: Mapping[str, int]) -> bool:
+        """Whether a check can tell what the model makes of padding: not where every element is what padding holds, as in a call
+        with indices of zero, which a model that averages over them answers as if they were fewer."""
+        free = [index for index, kept in enumerate(self.kept) if not kept]
+        return not free or any(not torch.equal(_filled(self, index, targets), _repeated(self, index, targets)) for index in free)
+
     def shortened(self, sizes: Mapping[str, int]) -> Found:
         """The same call with the ends of its dynamic dims cut off."""
         # As a caller would have made them: a model may not take a part of a tensor.
@@ -137,7 +143,7 @@ class Declarations:
                 continue
             if not isinstance(tensor, torch.Tensor) or not is_plain(tensor) or tensor.layout is not torch.strided:
                 return f"{argument.name} is a {type(tensor).__name__}, not a plain tensor"
-            if not (tensor.is_floating_point() or tensor.is_complex() or argument.value.is_integer()):
+            if not _has_value(tensor.dtype, argument.value):
                 return f"{argument.name} is of {str(tensor.dtype).removeprefix('torch.')}, which has no {argument.value}"
             dims: dict[int, str] = {}
             for dim, size in argument.dims:
@@ -223,6 +229,15 @@ def _where(argument: Argument, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     if argument.name in kwargs:
         return argument.name
     return argument.position if argument.position is not None and argument.position < len(args) else None
+
+
+def _has_value(dtype: torch.dtype, value: float) -> bool:
+    if dtype is torch.bool:
+        return value in (0, 1)
+    if dtype.is_complex or (dtype.is_floating_point and math.isinf(value)):
+        return True
+    limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+    return limits.min <= value <= limits.max and (dtype.is_floating_point or value.is_integer())
 
 
 def _part(tensor: torch.Tensor, dims: Mapping[int, str], sizes: Mapping[str, int]) -> torch.Tensor:

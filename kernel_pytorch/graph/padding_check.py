@@ -18,6 +18,8 @@ from kernel_pytorch.graph.unpadding import Cut, Outputs, cut_leaf, following, me
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # Of a model whose own runs differ: how much more than that other padding may change, and runs that show it.
 _NOISE_MARGIN, _NOISE_RUNS = 4.0, 3
+# What a model may raise for a size that it does not take.
+_ERRORS = (RuntimeError, AssertionError, LookupError, ValueError, TypeError, ArithmeticError, AttributeError)
 Run = Callable[[Sequence[torch.Tensor]], Any]
 # Positions with less than this part of the mean norm are judged by the mean: their own is rounding.
 _SMALL_NORM = 0.1
@@ -84,7 +86,7 @@ def check_padding(
                 check.equal(part, Outputs(check.run(part.tensors)), cuts)
     except _Unequal as why:
         return str(why)
-    except (RuntimeError, IndexError, ValueError) as error:
+    except _ERRORS as error:
         return f"a padded call failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
     return Passed(cuts, padded.shapes(), check.max_error, check.num_runs, check.other_padding)
 

@@ -27,7 +27,7 @@ class Outputs:
         self._parts: list[tuple[Any, Outputs] | None] = []
         self.leaves: list[Any] = []
         for top in tops:
-            if is_dataclass(top) and not isinstance(top, type):
+            if is_dataclass(top) and not isinstance(top, type) and _is_its_fields(top):
                 inner = Outputs({item.name: getattr(top, item.name) for item in fields(top)})
                 self._parts.append((top, inner))
                 self.leaves.extend(inner.leaves)
@@ -65,6 +65,13 @@ class Outputs:
 
     def shapes(self) -> list[tuple[int, ...] | None]:
         return [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None for leaf in self.leaves]
+
+
+def _is_its_fields(value: Any) -> bool:
+    """Whether a dataclass has no tensors but in its fields: neither made of them in __post_init__, nor as items of a dict."""
+    names = {item.name for item in fields(value)}
+    rest = {name: item for name, item in getattr(value, "__dict__", {}).items() if name not in names}
+    return not isinstance(value, (dict, list, tuple)) and not holds_tensors(rest)
 
 
 def following(short: Outputs, long: Outputs, name: str, size: int, target: int) -> list[Cut] | str:

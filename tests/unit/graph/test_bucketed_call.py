@@ -286,6 +286,101 @@ def test_attention_without_a_mask_is_refused_and_a_call_that_fits_still_runs_ins
     assert inner.shapes == [(2, 16)] * 2
 
 
+class Mixes(Tokens):
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden = super().forward(input_ids)
+        return hidden + hidden.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_call_whose_indices_are_those_of_padding_decides_nothing(static: bool) -> None:
+    """Averages and attention over equal positions are the same however many there are."""
+    model, good = Mixes(), Tokens()
+    for each, padded in ((model, False), (good, True)):
+        call, inner = wrap(each, "input_ids:1", static=static)
+        for first in (5, 6):
+            assert torch.allclose(call(torch.zeros(2, first, dtype=torch.int64)), each._call_impl(torch.zeros(2, first, dtype=torch.int64)))
+        assert straight(call) == ["all declared elements are what padding holds: a check would not see it"]
+        for length in (6, 7, 5):
+            x = ids(2, length)
+            assert torch.allclose(call(x), each._call_impl(x), atol=1e-6)
+        assert bool(inner.shapes) is padded
+
+
+def test_a_call_of_masks_alone_needs_no_other_padding() -> None:
+    class Counts(nn.Module):
+        def forward(self, mask: torch.Tensor) -> torch.Tensor:
+            return mask.cumsum(1)
+
+    call, inner = wrap(Counts(), "mask:1")
+    for length in (5, 6, 7):
+        mask = torch.zeros(2, length, dtype=torch.int64)
+        assert torch.equal(call(mask), mask.cumsum(1))
+    assert inner.shapes == [(2, 8)] * 2
+
+
+@pytest.mark.parametrize("error", [AssertionError, KeyError, ZeroDivisionError, TypeError, AttributeError])
+def test_a_size_that_the_model_refuses_with_an_error_is_not_padded_to(error: type[Exception]) -> None:
+    class Limited(Tokens):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            if input_ids.shape[1] > 10:
+                raise error("too long")
+            return super().forward(input_ids)
+
+    model = Limited()
+    call, _ = wrap(model, "input_ids:1")
+    for _ in range(2):
+        x = ids(2, 9)
+        assert torch.equal(call(x), model._call_impl(x))
+    assert [reason.replace("'", "") for reason in straight(call)] == ["a padded call failed: too long"]
+
+
+@dataclass
+class Derived:
+    hidden: torch.Tensor
+
+    def __post_init__(self) -> None:
+        self.twice = [self.hidden * 2]
+
+
+@dataclass
+class Items(dict[str, Any]):
+    hidden: torch.Tensor
+
+    def __post_init__(self) -> None:
+        self["hidden"] = self.hidden
+
+
+@pytest.mark.parametrize("kind", [Derived, Items])
+def test_tensors_of_a_dataclass_that_are_no_fields_refuse_padding(kind: Callable[..., Any]) -> None:
+    class Wrapped(Tokens):
+        def forward(self, input_ids: torch.Tensor) -> Any:
+            return kind(super().forward(input_ids))
+
+    call, inner = wrap(Wrapped(), "input_ids:1")
+    for length in (5, 6, 7):
+        out = call(ids(2, length))
+        other = out.twice[0] if isinstance(out, Derived) else out["hidden"]
+        assert out.hidden.shape == other.shape == (2, length, 16)
+    assert inner.shapes == []
+    assert straight(call) == [f"the output holds a {kind.__name__}, whose tensors cannot be cut"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"), [(torch.uint8, "300"), (torch.uint8, "-1"), (torch.float16, "1e9"), (torch.int64, "0.5"), (torch.bool, "2")]
+)
+@pytest.mark.parametrize("size", [5, 8])
+def test_padding_that_the_type_does_not_have_is_refused_in_calls_that_fit_too(dtype: torch.dtype, value: str, size: int) -> None:
+    class Same(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.float() * 2
+
+    call, _ = wrap(Same(), f"x:0={value}", static=True)
+    for _ in range(3):
+        assert call(torch.ones(size, dtype=dtype)).shape == (size,)
+    assert straight(call) == [f"x is of {str(dtype).removeprefix('torch.')}, which has no {float(value)}"]
+
+
 def test_a_mask_that_is_not_declared_as_one_is_found_out() -> None:
     class Gate(nn.Module):
         def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
@@ -696,6 +791,16 @@ def test_adaptive_buckets_are_fitted_to_the_calls_and_checked_again() -> None:
         x = ids(2, length)
         assert torch.allclose(call(x), model(x), atol=1e-6)
     assert inner.shapes[before:] == [(2, 10), (2, 10), (2, 34), (2, 34)]
+
+
+def test_memory_of_a_bucket_that_is_no_more_is_not_counted() -> None:
+    call, _ = wrap(Tokens(), "input_ids:1", static=True, strategy="adaptive", num_buckets=2, max_size=64, fit_after=8)
+    for length in (9, 10, 9, 10, 9, 10, 9):
+        call(ids(2, length))
+    assert {row["sizes"]["size"]: row["buffer_bytes"] for row in call.report["buckets"]} == {16: 2 * 16 * 8}
+    for length in (10, 9, 9):
+        call(ids(2, length))
+    assert {row["sizes"]["size"]: row["buffer_bytes"] for row in call.report["buckets"]} == {16: 0, 10: 2 * 10 * 8}
 
 
 def test_captures_and_compilations_are_counted_by_bucket() -> None:

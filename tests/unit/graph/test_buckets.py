@@ -176,6 +176,15 @@ def test_fitting_happens_after_so_many_calls_and_then_when_they_have_doubled() -
     assert ladder.observe(65) is False
 
 
+def test_one_bucket_is_one_bucket() -> None:
+    ladder = buckets("adaptive", num_buckets=1, fit_after=4, max_size=64)
+    assert [ladder.observe(size) for size in (5, 9, 5, 9, 5, 9, 5, 9)] == [False, False, False, True] + [False] * 4
+    assert ladder.sizes == (64,)
+    at_most = buckets("adaptive", num_buckets=1, fit_after=2, max_size=64)
+    assert [at_most.observe(size) for size in (5, 64)] == [False, True]
+    assert at_most.sizes == (64,)
+
+
 def test_a_ladder_that_saves_little_does_not_replace_one_that_has_its_graphs() -> None:
     ladder = buckets("adaptive", max_size=64, num_buckets=3, fit_after=8)
     seen(ladder, {10: 4, 30: 4})
