@@ -70,7 +70,8 @@ class Graph:
                 if leaf is tensor:
                     return index
             index = arguments.get(leaf.untyped_storage()._cdata)
-            if index is not None and leaf.dtype == static[index].dtype:
+            # A conjugate, or a negative, that is not computed yet has the argument's memory and other values.
+            if index is not None and leaf.dtype == static[index].dtype and not (leaf.is_conj() or leaf.is_neg()):
                 return (index, leaf.shape, leaf.stride(), leaf.storage_offset() - static[index].storage_offset())
             return "same" if watch.reads(leaf) and index is None else "clone"
         if holds_tensors(leaf) and not any(leaf is known for known in call.objects):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
+import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +63,10 @@ class Recorder(ABC):
         """Whether a graph of this device cannot hold on to the tensor's memory."""
         return tensor.device.type != self.device.type
 
+    def is_foreign(self, device: torch.device) -> bool:
+        """Whether it is another device of the same type: work on it is done while a call is recorded, and not in its replays."""
+        return device.type == self.device.type and device.index not in (None, self.device.index)
+
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy on the device."""
         return tensor.to(self.device, copy=True)
@@ -76,6 +82,10 @@ class Recorder(ABC):
     def free_bytes(self) -> int | None:
         """Device memory that may still be taken; None when unknown."""
         return None
+
+    @abstractmethod
+    def hold(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Says that replays use these tensors, on whichever stream: their memory is not another's before those are done."""
 
     @abstractmethod
     def rng_state(self) -> torch.Tensor: ...
@@ -94,7 +104,9 @@ class Recorder(ABC):
 
 # torch's pool of streams of one priority (c10/cuda/CUDAStream.h).
 _STREAMS_OF_TORCH = 32
-_RECORDERS: weakref.WeakSet[CudaRecorder] = weakref.WeakSet()
+# Streams that graphs were recorded on, each with the pool that cuBLAS's workspace of that stream lies in.
+_POOLS: dict[torch.cuda.Stream, Any] = {}
+_POOLS_LOCK = threading.Lock()
 
 
 @functools.cache
@@ -102,15 +114,30 @@ def _warm_up_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+@contextlib.contextmanager
+def _without_collecting() -> Iterator[None]:
+    """A model and its graphs are a cycle. Collected during a capture, the graphs would be destroyed then, which is a call that the
+    capture does not survive, but for versions of torch that exempt it."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 class CudaRecorder(Recorder):
     """CUDA graphs on one device. All graphs share one memory pool: outputs are copied out before the next replay."""
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
+        super().__init__(device if device.index is not None else torch.device("cuda", torch.cuda.current_device()))
         self._stream: torch.cuda.Stream | None = None
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         self._pool: Any = None
         self._last: torch.cuda.Stream | None = None
+        self._streams: set[torch.cuda.Stream] = set()
+        self._held: list[weakref.ref[torch.Tensor]] = []
 
     def busy(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
@@ -120,10 +147,13 @@ class CudaRecorder(Recorder):
         # the graphs' pool; one from a warm-up there would lie outside, where torch's own graphs give all workspaces back.
         stream = _warm_up_stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            for _ in range(num_calls):
-                call()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(num_calls):
+                    call()
+        finally:
+            # Whatever was raised: what a call wrote is put back after it was written.
+            torch.cuda.current_stream(self.device).wait_stream(stream)
 
     def record(self, call: Callable[[], Any]) -> Recording:
         torch.cuda.synchronize(self.device)
@@ -133,11 +163,17 @@ class CudaRecorder(Recorder):
         if self._pool is None or not self._graphs:
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = self._new_stream()
+        assert self._stream is not None
+        with _POOLS_LOCK:
+            if _POOLS.setdefault(self._stream, self._pool) != self._pool:
+                # No stream was left that nothing was recorded on. What this one has ends with a pool that other graphs are in.
+                torch._C._cuda_clearCublasWorkspaces()  # pyright: ignore[reportAttributeAccessIssue]
+                _POOLS[self._stream] = self._pool
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         graph = torch.cuda.CUDAGraph()
         # torch.cuda.graph() leaves its stream current when a capture fails; this does not.
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), _without_collecting():
             recorded = False
             try:
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -154,18 +190,28 @@ class CudaRecorder(Recorder):
         return Recording(output, graph.replay, most - before, max(0, still - before))
 
     def _new_stream(self) -> torch.cuda.Stream:
-        """One that nobody here has used: torch gives out the same few in turns, so one that is taken is passed over."""
-        taken = [_warm_up_stream(self.device), *(other._stream for other in _RECORDERS)]
-        _RECORDERS.add(self)
-        streams = [torch.cuda.Stream(self.device) for _ in range(_STREAMS_OF_TORCH)]
-        return next((stream for stream in streams if stream not in taken), next(s for s in streams if s != taken[0]))
+        """One that nothing was recorded on, while there is one. torch gives out the same few in turns, so those that are taken are
+        passed over, and no more are drawn than that: the next one that anyone draws is to be another."""
+        avoided = (_warm_up_stream(self.device), torch.cuda.current_stream(self.device))
+        stream = torch.cuda.Stream(self.device)
+        for _ in range(_STREAMS_OF_TORCH):
+            if stream not in avoided and stream not in _POOLS:
+                return stream
+            stream = torch.cuda.Stream(self.device)
+        while stream in avoided:
+            stream = torch.cuda.Stream(self.device)
+        return stream
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
         """Ends a capture that failed: the end fails too, for the reason that is being raised, and leaves the random
         generator believing that it is being captured. A small capture that succeeds sets it free."""
-        self._pool = None
+        pool, self._pool = self._pool, None
         with contextlib.suppress(RuntimeError):
             graph.capture_end()
+        # Before torch 2.12 the allocator is not told then. It would go on asking the dead graph which allocations are its own, and
+        # send those of later graphs to its pool.
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self.device.index, pool)
         del graph
         healing = torch.cuda.CUDAGraph()
         healing.capture_begin(capture_error_mode="thread_local")
@@ -179,10 +225,12 @@ class CudaRecorder(Recorder):
         """Device time from an idle device on, so that the time of launching counts."""
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(self.device)
-        start.record()
+        # Of this device, whichever is current.
+        stream = torch.cuda.current_stream(self.device)
+        start.record(stream)
         for _ in range(num_calls):
             call()
-        end.record()
+        end.record(stream)
         torch.cuda.synchronize(self.device)
         return start.elapsed_time(end) / num_calls
 
@@ -206,10 +254,26 @@ class CudaRecorder(Recorder):
 
     def enter_replay(self) -> None:
         current = torch.cuda.current_stream(self.device)
-        if self._last is not None and self._last != current:
+        if self._last is None or self._last != current:
             # Nothing is recorded after each replay: the stream of the last one is waited for only when the next one is elsewhere.
-            current.wait_stream(self._last)
-        self._last = current
+            if self._last is not None:
+                current.wait_stream(self._last)
+            self._last = current
+            if current not in self._streams:
+                self._streams.add(current)
+                self._say_used([tensor for held in self._held if (tensor := held()) is not None], [current])
+
+    def hold(self, tensors: Iterable[torch.Tensor]) -> None:
+        new = list(tensors)
+        self._held = [*(held for held in self._held if held() is not None), *map(weakref.ref, new)]
+        self._say_used(new, self._streams)
+
+    def _say_used(self, tensors: Iterable[torch.Tensor], streams: Iterable[torch.cuda.Stream]) -> None:
+        # It counts as a write, which tensors of inference mode allow nowhere else.
+        with torch.inference_mode():
+            for tensor in tensors:
+                for stream in streams:
+                    tensor.record_stream(stream)
 
     def leave_replay(self) -> None:
         """The stream is remembered when a replay is entered."""

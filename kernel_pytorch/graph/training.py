@@ -204,6 +204,9 @@ class GraphedTrainStep:
         if elsewhere:
             return f"the optimizer keeps {', '.join(elsewhere)} on the host, which a replay would not update"
         params = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        foreign = next((parameter.device for parameter in params if self._recorder.is_foreign(parameter.device)), None)
+        if foreign is not None:
+            return f"a parameter is on {foreign}; graphs are made on {self._recorder.device}"
         if any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in params):
             return "a parameter has a hook, which a replay would not run"
         if any(module._backward_hooks or module._backward_pre_hooks for module in self._model.modules()):
@@ -232,6 +235,7 @@ class GraphedTrainStep:
         # The last gradients of warm-up: the capture's own take their place in the graph's memory.
         self._optimizer.zero_grad(set_to_none=True)
         graph = _RecordedStep(self._recorder, self._recorder.record(recorded), static, params)
+        self._recorder.hold(static)
         watch.restore()
         self._graph, self._signature = graph, signature
         self._guards = (ModuleGuard(self._model), OptimizerGuard(self._optimizer))

@@ -111,7 +111,7 @@ class Trial:
             # What Python holds cannot be put back, so this call counts. A model may fill a cache once: try once more.
             changes = "the call changes Python attributes, which a replay would not"
             return Outcome(done=True, result=result, refusal=changes if kind.num_attempts > 1 else None, cannot=True)
-        why = _refused(watch)
+        why = _refused(watch) or self._elsewhere(watch)
         if why is not None:
             return Outcome(done=True, result=result, refusal=why, cannot=True)
         if "module" in kind.row and self._writes is None and watch.num_operations < _LEAST_OPERATIONS:
@@ -195,11 +195,14 @@ class Trial:
 
         recorder.warm_up(undone, self._manager.num_warmup_calls)
         recording = recorder.record(recorded)
+        # Replays from here on, the manager's or not, are in this stream's order.
+        recorder.enter_replay()
         self._manager.statistics["captures"] += 1
         repeatable = pure or self._repeats(recording, watch)
         graph = Graph(
             recording, self._call, inputs.static, inputs.buffers, inputs.host, kind.by_value, watch, pure=pure, repeatable=repeatable
         )
+        recorder.hold(inputs.buffers.values())
         error = None
         if expected is not None:
             found = [*tree_leaves(graph.run(self._call.tensors)), *first.written()]
@@ -264,6 +267,12 @@ class Trial:
             watch.will_write(describe(args, kwargs).tensors[index])
         with torch.compiler.set_stance("force_eager"), watch:
             return self._plain(*args, **kwargs)
+
+    def _elsewhere(self, watch: WriteWatch) -> str | None:
+        """Why the call cannot be recorded here: it uses another device, on which it would run while it is recorded and never again."""
+        devices = [*(tensor.device for tensor in self._call.tensors), *(storage.device for storage in watch.found.values())]
+        foreign = next(filter(self._recorder.is_foreign, devices), None)
+        return None if foreign is None else f"the call uses memory of {foreign}; graphs are made on {self._recorder.device}"
 
     def _with(self, static: list[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         leaves = iter(static)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -80,6 +80,8 @@ class Rerun(Recorder):
 
     def set_rng_state(self, state: torch.Tensor) -> None:
         torch.set_rng_state(state)
+
+    def hold(self, tensors: Iterable[torch.Tensor]) -> None: ...
 
     def enter_replay(self) -> None: ...
 

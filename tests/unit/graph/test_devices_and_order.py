@@ -1,0 +1,134 @@
+"""What a graph could get wrong without any number looking wrong: work on another device, and replays that nobody put in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kernel_pytorch.graph.training import GraphedTrainStep
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def test_a_call_on_another_device_is_not_recorded(wrap: Callable[..., Any], Rerun: Any) -> None:
+    """There, it would run while it is recorded, the graph would be empty, and replays would return what was computed then."""
+    recorder = Rerun()
+    recorder.is_foreign = lambda device: device.type == "cpu"
+    model = nn.Linear(2, 2)
+    graphed, _ = wrap(model, recorder)
+    for x in torch.randn(3, 1, 2):
+        assert torch.equal(model(x), model.forward(x))
+    assert [d["captured"] for d in graphed.decisions] == [False]
+    assert graphed.decisions[0]["reason"] == "the call uses memory of cpu; graphs are made on cpu"
+
+
+def test_weights_on_another_device_count_too(wrap: Callable[..., Any], Rerun: Any) -> None:
+    class Holds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("weight", torch.ones(2))
+
+        def forward(self) -> torch.Tensor:
+            return self.weight * 2  # pyright: ignore[reportOperatorIssue]
+
+    recorder = Rerun()
+    recorder.is_foreign = lambda device: device.type == "cpu"
+    model = Holds()
+    graphed, _ = wrap(model, recorder)
+    assert model().tolist() == [2.0, 2.0]
+    assert graphed.decisions[0]["reason"].startswith("the call uses memory of cpu; ")
+
+
+def test_a_model_that_was_moved_to_another_device_trains_without_a_graph(Rerun: Any) -> None:
+    recorder = Rerun()
+    model = nn.Linear(2, 1)
+    before = model.weight.clone()
+    with torch.enable_grad():
+        step = GraphedTrainStep(
+            model, torch.optim.SGD(model.parameters(), lr=0.1), lambda called, x: called(x).sum(), min_speedup=0.0, recorder=recorder
+        )
+        step(torch.ones(3, 2))
+        recorder.is_foreign = lambda device: device.type == "cpu"
+        for _ in range(3):
+            step(torch.ones(3, 2))
+    assert torch.allclose(model.weight, before - 4 * 0.1 * 3)
+    assert [d["reason"] for d in step.decisions] == ["a parameter is on cpu; graphs are made on cpu"]
+
+
+def test_every_replay_is_put_in_order_with_those_of_other_streams(wrap: Callable[..., Any], Rerun: Any) -> None:
+    """Also those that tell whether a call repeats itself: the next replay, on another stream, is to wait for them."""
+
+    class Ordered(Rerun):
+        entered = False
+
+        def enter_replay(self) -> None:
+            self.entered = True
+
+        def record(self, call: Callable[[], Any]) -> Any:
+            recording = super().record(call)
+            self.entered = False
+
+            def replay() -> None:
+                assert self.entered
+                recording.replay()
+
+            return type(recording)(recording.output, replay)
+
+    class Writes(nn.Module):
+        def forward(self, cache: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return cache.copy_(x) * 2
+
+    model = Writes()
+    graphed, _ = wrap(model, Ordered())
+    cache, x = torch.zeros(2), torch.ones(2)
+    for _ in range(3):
+        assert model(cache, x).tolist() == [2.0, 2.0]
+    assert [d["captured"] for d in graphed.decisions] == [True], graphed.decisions
+
+
+def test_buffers_that_replays_read_are_known_to_the_recorder(wrap: Callable[..., Any], Rerun: Any) -> None:
+    class Holds(Rerun):
+        def __init__(self) -> None:
+            super().__init__()
+            self.held: list[torch.Tensor] = []
+
+        def hold(self, tensors: Any) -> None:
+            self.held += tensors
+
+    recorder = Holds()
+    model = nn.ReLU()
+    wrap(model, recorder)
+    for x in torch.randn(4, 3).unbind():
+        model(x.clone())
+    assert [tuple(tensor.shape) for tensor in recorder.held] == [(3,)]
+    trained, recorder = nn.Linear(2, 1), Holds()
+    with torch.enable_grad():
+        step = GraphedTrainStep(
+            trained, torch.optim.SGD(trained.parameters(), lr=0.1), lambda called, x: called(x).sum(), min_speedup=0.0, recorder=recorder
+        )
+        for _ in range(3):
+            step(torch.ones(3, 2))
+    assert [tuple(tensor.shape) for tensor in recorder.held] == [(3, 2)]
+
+
+def test_a_conjugate_of_an_argument_is_not_the_argument(wrap: Callable[..., Any]) -> None:
+    class Conjugates(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            return x.conj(), x * 2, x[0]
+
+    model = Conjugates()
+    graphed, _ = wrap(model)
+    for x in torch.randn(4, 2, dtype=torch.complex64).unbind():
+        conjugate, double, first = model(x)
+        assert torch.equal(conjugate.resolve_conj(), torch.complex(x.real, -x.imag))
+        assert torch.equal(double, x * 2)
+        assert first.data_ptr() == x.data_ptr()
+    assert graphed.manager.statistics["replays"] > 0

@@ -1,0 +1,153 @@
+"""Memory that real CUDA graphs read by its address. By hand on a GPU machine: python -m pytest -n 0 tests/unit/graph/test_memory_gpu.py"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kernel_pytorch.choices import GraphDeploymentStrategy
+from kernel_pytorch.graph.capture import graph_calls
+from kernel_pytorch.graph.graphed_call import GraphedCall
+from kernel_pytorch.graph.manager import CUDAGraphManager
+from kernel_pytorch.graph.recorder import CudaRecorder
+from kernel_pytorch.graph.strategy import terms
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def wrap(model: nn.Module) -> GraphedCall:
+    """Keeps every graph, so that what is tested does not depend on a timing."""
+    recorder = CudaRecorder(torch.device("cuda", 0))
+    return graph_calls(model, CUDAGraphManager(recorder, terms(GraphDeploymentStrategy.aggressive, 0.0), num_warmup_calls=3))
+
+
+def products() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(256, 256), nn.ReLU()))).cuda()
+
+
+def give_back_workspaces() -> None:
+    """As torch.compile's own graphs do before they record."""
+    torch._C._cuda_clearCublasWorkspaces()  # pyright: ignore[reportAttributeAccessIssue]
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Any:
+    with torch.inference_mode():
+        yield
+    torch.cuda.synchronize()
+
+
+def test_the_workspace_of_a_pool_that_follows_another_lies_in_it() -> None:
+    model = products()
+    x = torch.randn(64, 256, device="cuda")
+    expected = model(x)
+    graphed = wrap(model)
+    for _ in range(4):
+        assert torch.equal(model(x), expected)
+        give_back_workspaces()
+        for _ in range(3):
+            assert torch.equal(model(x), expected)
+        # The last graph goes, and its pool.
+        graphed.close()
+        give_back_workspaces()
+    assert graphed.manager.statistics["captures"] == 4
+
+
+def test_graphs_of_a_pool_outlive_those_recorded_before_them() -> None:
+    """torch gives back what cuBLAS had for a stream when any graph that was recorded on the stream ends."""
+    model = products()
+    graphed = wrap(model)
+    xs = [torch.randn(rows, 256, device="cuda") for rows in (16, 32, 64)]
+    expected = [model.forward(x) for x in xs]
+    for x in xs:
+        model(x)
+    manager = graphed.manager
+    for kind, _ in manager._all()[:2]:
+        manager.drop(kind)
+    give_back_workspaces()
+    junk = [torch.full((2**22,), torch.nan, device="cuda") for _ in range(8)]
+    for _ in range(3):
+        assert torch.equal(model(xs[2]), expected[2])
+    assert all(bool(tensor.isnan().all()) for tensor in junk)
+
+
+class Synchronizes(nn.Module):
+    """CUDA itself refuses this, and the capture is lost."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x + 2
+        torch.cuda.synchronize()
+        return y
+
+
+def test_after_a_failed_capture_torch_allocates_and_frees_as_before() -> None:
+    model, x = products(), torch.randn(64, 256, device="cuda")
+    expected = model(x)
+    graphed = wrap(model)
+    model(x)
+    wrap_broken = wrap(Synchronizes())
+    assert torch.equal(wrap_broken.model(x), x + 2)
+    assert wrap_broken.decisions[0]["reason"].startswith("capture failed: ")
+    # Both raise where the allocator believes that a capture goes on.
+    torch.cuda.empty_cache()
+    block = torch.empty(2**20, device="cuda")
+    stream = torch.cuda.Stream()
+    block.record_stream(stream)
+    del block
+    torch.cuda.synchronize()
+    own = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(own):
+        y = x * 3
+    pools = {segment["segment_pool_id"] for segment in torch.cuda.memory_snapshot() if _inside(segment, y)}
+    assert pools == {own.pool()}
+    own.replay()
+    assert torch.equal(y, x * 3)
+    assert torch.equal(model(x), expected)
+    assert graphed.manager.statistics["replays"] > 0
+
+
+def _inside(segment: dict[str, Any], tensor: torch.Tensor) -> bool:
+    return segment["address"] <= tensor.data_ptr() < segment["address"] + segment["total_size"]
+
+
+def test_buffers_let_go_of_while_another_stream_uses_them_are_nobodys() -> None:
+    model = nn.ReLU()
+    graphed = wrap(model)
+    xs = [torch.randn(2**20, device="cuda") for _ in range(3)]
+    for x in xs:
+        model(x)
+    assert graphed.decisions[-1]["copied_bytes"] == xs[0].nbytes, graphed.decisions
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(1_000_000_000)
+        out = model(xs[0].clone())
+    graphed.close()
+    junk = [torch.full_like(xs[0], torch.nan) for _ in range(4)]
+    torch.cuda.synchronize()
+    assert all(bool(tensor.isnan().all()) for tensor in junk)
+    assert torch.equal(out, xs[0].clamp(min=0))
+
+
+def test_streams_that_others_draw_next_are_not_the_one_that_records() -> None:
+    model, x = products(), torch.randn(64, 256, device="cuda")
+    graphed = wrap(model)
+    model(x)
+    recorder = graphed.manager.recorder
+    assert isinstance(recorder, CudaRecorder)
+    assert recorder._stream not in [torch.cuda.Stream() for _ in range(8)]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_model_on_another_device_is_not_recorded() -> None:
+    model = products().to("cuda:1")
+    graphed = wrap(model)
+    for _ in range(3):
+        x = torch.randn(64, 256, device="cuda:1")
+        assert torch.equal(model(x), model.forward(x))
+    assert [decision["captured"] for decision in graphed.decisions] == [False]
