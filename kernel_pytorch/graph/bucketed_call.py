@@ -52,6 +52,15 @@ class _Family:
     refusal: str | None = None
     num_tries: int = 0
 
+    def forget_checks(self, is_there: Callable[[_Bucket], bool]) -> None:
+        """Makes all calls be checked again. Buckets that are no more leave with their memory."""
+        self.refusal, self.num_tries = None, 0
+        for bucket in self.buckets.values():
+            bucket.passed = bucket.takes_copies = None
+            if bucket.inputs is not None and not is_there(bucket):
+                bucket.row["buffer_bytes"] -= bucket.inputs.num_bytes
+        self.buckets = {sizes: bucket for sizes, bucket in self.buckets.items() if is_there(bucket)}
+
 
 @dataclass
 class _Route:
@@ -222,13 +231,7 @@ class BucketedCall:
         keys = self._families.keys()
         for family in map(self._families.get, keys):
             if family is not None:
-                family.refusal, family.num_tries = None, 0
-                for bucket in family.buckets.values():
-                    if bucket.inputs is not None and not self._is_there(bucket):
-                        bucket.row["buffer_bytes"] -= bucket.inputs.num_bytes
-                family.buckets = {sizes: bucket for sizes, bucket in family.buckets.items() if self._is_there(bucket)}
-                for bucket in family.buckets.values():
-                    bucket.passed = bucket.takes_copies = None
+                family.forget_checks(self._is_there)
 
     def _is_there(self, bucket: _Bucket) -> bool:
         return all(target in self._buckets[name].sizes for name, target in bucket.targets.items())
