@@ -105,6 +105,10 @@ class AllocationConfig:
     sensitivity_share: Annotated[
         float, Field(gt=0, le=1, description="part of the modules whose sensitivity is measured; the others' is predicted from the prior")
     ] = 1.0
+    grouped: Annotated[
+        bool,
+        Field(description="modules that read the very same tensor in calibration get one format: only then can they become one matmul"),
+    ] = False
 
 
 @dataclass
@@ -181,8 +185,8 @@ class PrecisionConfig(GroupConfig):
     @model_validator(mode="after")
     def _allocation_is_whole(self) -> PrecisionConfig:
         found = self.allocation
-        if found.strategy is None and (found.effective_bits is not None or found.formats):
-            raise ValueError("allocation.effective_bits and allocation.formats need allocation.strategy")
+        if found.strategy is None and (found.effective_bits is not None or found.formats or found.grouped):
+            raise ValueError("allocation.effective_bits, allocation.formats and allocation.grouped need allocation.strategy")
         if found.strategy is not None and (found.effective_bits is None or len(set(found.formats)) < 2):
             raise ValueError("allocation.strategy needs allocation.effective_bits and two or more allocation.formats")
         return self

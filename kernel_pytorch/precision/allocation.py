@@ -51,11 +51,13 @@ class PrecisionStats:
 
 @dataclass(frozen=True)
 class Allocation:
-    """formats: by layer. losses: of each layer, by format; what the choice was made from."""
+    """formats: by layer. losses: of each decision, by format; what the choice was made from.
+    groups: decisions on several layers, by the first one's name; None when layers were decided one by one."""
 
     formats: dict[str, str]
     losses: dict[str, dict[str, float]]
     stats: PrecisionStats
+    groups: dict[str, list[str]] | None = None
 
     def assign(self) -> list[str]:
         """Entries for `precision.weight.assign`: layers that are not in the most used format."""
@@ -72,7 +74,7 @@ class Allocation:
         lines = [
             f"# {stats.effective_bits:.3f} bits a weight, {stats.bytes:,} bytes, {stats.forwards} forwards of calibration",
             "precision:",
-            "  allocation: {strategy: null, effective_bits: null, formats: []}",
+            "  allocation: {strategy: null, effective_bits: null, formats: [], grouped: false}",
             "  weight:",
             f"    format: {self.base}",
             "    assign:" if self.assign() else "    assign: []",
@@ -88,6 +90,7 @@ class Allocation:
             "calibration_forwards": stats.forwards,
             "allocation_s": round(stats.seconds, 2),
             "losses": [{"layer": name, **row} for name, row in self.losses.items()],
+            **({} if self.groups is None else {"groups": list(self.groups.values())}),
             "recipe_fragment": self.fragment().splitlines(),
         }
 
@@ -96,24 +99,31 @@ def allocate(
     model: nn.Module, linears: Linears, weight: WeightConfig, config: AllocationConfig, workload: Workload, seed: int = 0
 ) -> Allocation:
     """The format of each layer that loses least, by the strategy, within `effective_bits` bits a weight over all of `linears`.
+    With `grouped`, layers that read the very same tensors are one decision.
 
     Raises ConfigError when no choice fits, with the range that can be reached."""
     assert config.strategy is not None
     began = time.perf_counter()
     scorer = Scorer(model, linears, weight, workload, config.num_calibration_calls, seed)
+    if config.grouped:
+        scorer.group()
+    groups = scorer.groups
     formats = list(dict.fromkeys(config.formats))
-    costs = [[_bytes(linear, format, weight) for format in formats] for linear in linears.values()]
+    costs = [[sum(_bytes(linears[name], format, weight) for name in members) for format in formats] for members in groups.values()]
     capacity = _capacity(linears, config, costs)
-    losses = _losses(scorer, list(linears), formats, costs, config, capacity)
-    chosen = [formats[option] for option in solve(losses, costs, capacity)]
+    losses = _losses(scorer, list(groups), formats, costs, config, capacity)
+    options = solve(losses, costs, capacity)
+    decided = {name: formats[option] for members, option in zip(groups.values(), options, strict=True) for name in members}
+    chosen = {name: decided[name] for name in linears}
     counts = Counter[str]()
-    for linear, format in zip(linears.values(), chosen, strict=True):
-        counts[format] += linear.weight.numel()
-    spent = sum(row[formats.index(format)] for row, format in zip(costs, chosen, strict=True))
+    for name, format in chosen.items():
+        counts[format] += linears[name].weight.numel()
+    spent = sum(row[option] for row, option in zip(costs, options, strict=True))
     original = sum(linear.weight.nbytes for linear in linears.values())
     stats = PrecisionStats(original, spent, dict(counts), scorer.forwards, time.perf_counter() - began)
-    table = {name: dict(zip(formats, row, strict=True)) for name, row in zip(linears, losses, strict=True)}
-    return Allocation(dict(zip(linears, chosen, strict=True)), table, stats)
+    table = {name: dict(zip(formats, row, strict=True)) for name, row in zip(groups, losses, strict=True)}
+    several = {name: members for name, members in groups.items() if len(members) > 1}
+    return Allocation(chosen, table, stats, several if config.grouped else None)
 
 
 def _bytes(linear: nn.Linear, format: str, weight: WeightConfig) -> int:
@@ -137,7 +147,7 @@ def _capacity(linears: Linears, config: AllocationConfig, costs: Sequence[Sequen
 def _losses(
     scorer: Scorer, names: list[str], formats: list[str], costs: list[list[int]], config: AllocationConfig, capacity: int
 ) -> list[list[float]]:
-    """Losses by layer and format. Where sensitivity is measured for a share of the layers only, those are taken whose decision the
+    """Losses by decision and format. Where sensitivity is measured for a share of the decisions only, those are taken which the
     prior leaves most open, and the others' losses are the prior's, brought to the measured ones' size."""
     strategy = config.strategy
     assert strategy is not None

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from kernel_pytorch.optimizer import Workload
+from kernel_pytorch.precision.shared_inputs import SharedInputs
 from kernel_pytorch.precision.storage import STORAGES
 from kernel_pytorch.schema import AllocationStrategy, WeightConfig
 
@@ -27,7 +28,8 @@ PROBES = 4
 
 @dataclass
 class Scorer:
-    """Scores layers of one model. forwards: calibration passes of the whole model spent so far; a backward pass counts as two."""
+    """Scores layers of one model. groups: layers with one score, by the first one's name; each alone, until `group`.
+    forwards: calibration passes of the whole model spent so far; a backward pass counts as two."""
 
     model: nn.Module
     linears: Linears
@@ -35,13 +37,24 @@ class Scorer:
     workload: Workload
     num_calls: int
     seed: int
+    groups: dict[str, list[str]] = field(init=False)
     forwards: int = 0
     _moments: dict[str, torch.Tensor] = field(default_factory=dict)
     _sensitivity: dict[tuple[str, str], float] = field(default_factory=dict)
     _expected: torch.Tensor | None = None
 
+    def __post_init__(self) -> None:
+        self.groups = {name: [name] for name in self.linears}
+
+    def group(self) -> None:
+        """From here on layers that read the very same tensors in calibration have one score."""
+        inputs = SharedInputs()
+        with self._watching(inputs.watch):
+            self._expected = self._rows()
+        self.groups = inputs.groups(self.linears)
+
     def losses(self, strategy: AllocationStrategy, name: str, formats: Sequence[str]) -> list[float]:
-        """One loss a format."""
+        """One loss a format of the group `name`: what its layers lose together, or the sum where a score knows one layer only."""
         if strategy is AllocationStrategy.gradient_weighted:
             missing = [format for format in formats if (name, format) not in self._sensitivity]
             if missing:
@@ -55,7 +68,7 @@ class Scorer:
             AllocationStrategy.nvfp4_double_quantization: self._weight_error,
             AllocationStrategy.activation_aware: self._output_error,
         }[strategy]
-        return [score(name, format) for format in formats]
+        return [sum(score(member, format) for member in self.groups[name]) for format in formats]
 
     def _entropy(self, name: str, format: str) -> float:
         """Entropy of the weight's histogram over its range (bits) times its number of values times the format's noise, 4 ** -bits: even
@@ -81,11 +94,11 @@ class Scorer:
         return error / max((weight.square() @ moments).sum().item(), 1e-30)
 
     def measured(self, name: str, format: str, *, worst: bool = False) -> float:
-        """1 - cosine of the model's output rows over calibration, with this layer alone stored in `format`: the mean, or the
+        """1 - cosine of the model's output rows over calibration, with this group alone stored in `format`: the mean, or the
         quantile WORST_ROWS."""
         if self._expected is None:
             self._expected = self._rows()
-        with self.storing({name: format}):
+        with self.storing(dict.fromkeys(self.groups[name], format)):
             rows = self._rows()
         distance = (1 - torch.cosine_similarity(rows, self._expected, dim=1)).clamp_min(0)
         return (torch.quantile(distance, WORST_ROWS) if worst else distance.mean()).item()
@@ -134,18 +147,19 @@ class Scorer:
         return found
 
     def _fisher(self, formats: Sequence[str]) -> dict[tuple[str, str], float]:
-        """1 - cosine of the model's output rows, to second order, by layer and format: the weight error in the quadratic form of the
+        """1 - cosine of the model's output rows, to second order, by group and format: the weight error in the quadratic form of the
         Gauss-Newton (Fisher) matrix of the rows brought to unit length, halved. Not its diagonal: E[(g . e)^2] over random signs of
-        the output, g the gradient at the layer's output and e its error there, summed over a sample (the first dimension) before
-        the square, so that errors that cancel do.   Source: arXiv:1412.1193 (the matrix); Hutchinson, 1990 (signs)"""
+        the output, g the gradient at a layer's output and e its error there, summed over a group and a sample (the first dimension)
+        before the square, so that errors that cancel do.   Source: arXiv:1412.1193 (the matrix); Hutchinson, 1990 (signs)"""
         errors = {(name, format): self._weight_change(name, format) for name in self.linears for format in formats}
-        totals = dict.fromkeys(errors, 0.0)
+        group_of = {member: name for name, members in self.groups.items() for member in members}
+        totals = {(name, format): 0.0 for name in self.groups for format in formats}
         outputs: list[tuple[str, torch.Tensor, list[torch.Tensor]]] = []
 
         def watch(name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
-            outputs.append((name, output, [functional.linear(x, errors[name, format]) for format in formats]))
+            outputs.append((group_of[name], output, [functional.linear(x.detach(), errors[name, format]) for format in formats]))
             return output
 
         generator = torch.Generator().manual_seed(self.seed)
@@ -173,11 +187,11 @@ class Scorer:
 
     @contextmanager
     def _watching(self, watch: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
-        """Inside, `watch(name, input, output)` sees each call of a layer and may give another output; the input has no gradient."""
+        """Inside, `watch(name, input, output)` sees each call of a layer and may give another output."""
 
         def hook_of(name: str) -> Callable[..., torch.Tensor | None]:
             def hook(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor | None:
-                return watch(name, (args[0] if args else kwargs["input"]).detach(), output)
+                return watch(name, args[0] if args else kwargs["input"], output)
 
             return hook
 
@@ -192,7 +206,7 @@ class Scorer:
 def _squares(
     outputs: Sequence[tuple[str, torch.Tensor, list[torch.Tensor]]], gradients: Sequence[torch.Tensor | None], formats: Sequence[str]
 ) -> dict[tuple[str, str], float]:
-    """By layer and format the sum over samples of (gradient . error)^2. Calls of one layer on equally many samples add up first."""
+    """By group and format the sum over samples of (gradient . error)^2. Calls of one group on equally many samples add up first."""
     products: dict[tuple[str, str, int], torch.Tensor] = {}
     for (name, output, errors), gradient in zip(outputs, gradients, strict=True):
         if gradient is None:

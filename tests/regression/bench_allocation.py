@@ -2,7 +2,8 @@
 
 Error: mean 1 - cosine of sentence vectors, x1000, on held-out sentences that calibration never saw; weights are rounded in float32.
 SEARCH: how NVFP4 picks its scales, `search` (default), `four_over_six` or `plain`.
-"merged": the same after fusion=qkv, where Q, K and V are one matrix and one decision.
+"merged": the same after fusion=qkv, where Q, K and V are one matrix and one decision. "grouped": with allocation.grouped, where they
+are three matrices and one decision.
 """
 
 from __future__ import annotations
@@ -61,9 +62,14 @@ class Bench:
         formats = dict.fromkeys(self.linears, format)
         return {"choice": f"all {format}", "bits": self.bits(formats), "error": self.error(formats)}
 
-    def row(self, strategy: AllocationStrategy, share: float, budget: float, note: str = "") -> dict[str, Any]:
+    def row(self, strategy: AllocationStrategy, share: float, budget: float, note: str = "", *, grouped: bool = False) -> dict[str, Any]:
         config = AllocationConfig(
-            strategy=strategy, effective_bits=budget, formats=FORMATS, num_calibration_calls=CALLS, sensitivity_share=share
+            strategy=strategy,
+            effective_bits=budget,
+            formats=FORMATS,
+            num_calibration_calls=CALLS,
+            sensitivity_share=share,
+            grouped=grouped,
         )
         found = allocate(self.model, self.linears, self.weight, config, self.workload)
         name = strategy.value + ("" if share == 1 else f", a share of {share:g}") + note
@@ -101,10 +107,9 @@ def main(path: str, search: str = "search") -> None:
     arms = [(strategy, 1.0) for strategy in AllocationStrategy] + [(AllocationStrategy.layer_adaptive, 0.25)]
     for budget in BUDGETS:
         rows += [single.row(strategy, share, budget) for strategy, share in arms]
-        rows += [
-            merged.row(strategy, 1.0, budget, ", merged")
-            for strategy in (AllocationStrategy.gradient_weighted, AllocationStrategy.layer_adaptive)
-        ]
+        for strategy in (AllocationStrategy.gradient_weighted, AllocationStrategy.layer_adaptive):
+            rows.append(merged.row(strategy, 1.0, budget, ", merged"))
+            rows.append(single.row(strategy, 1.0, budget, ", grouped", grouped=True))
         rows.append(single.random(budget))
     facts = {"command": f"python tests/regression/bench_allocation.py OUT.json {search}", "date": time.strftime("%Y-%m-%d")}
     facts |= {"torch": torch.__version__, "machine": platform.processor() or platform.machine(), "search": search, "sentences": ROWS}
