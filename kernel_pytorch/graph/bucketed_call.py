@@ -228,10 +228,8 @@ class BucketedCall:
     def _forget_checks(self) -> None:
         """Buckets that are still there keep their memory, whose addresses graphs know."""
         self._routes.clear()
-        keys = self._families.keys()
-        for family in map(self._families.get, keys):
-            if family is not None:
-                family.forget_checks(self._is_there)
+        for family in self._families.values():
+            family.forget_checks(self._is_there)
 
     def _is_there(self, bucket: _Bucket) -> bool:
         return all(target in self._buckets[name].sizes for name, target in bucket.targets.items())
