@@ -76,6 +76,9 @@ def check_padding(
         boxes = plain.boxes()
         if boxes:
             return f"the output holds a {boxes[0]}, whose tensors cannot be cut"
+        for index, leaf in enumerate(plain.leaves):
+            if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.numel() and not leaf.isfinite().any():
+                return f"output {index} has no finite value: nothing can be compared"
         cuts = check.cuts(found, plain)
         padded = check.equal(found, plain, cuts)
         tried = [base]

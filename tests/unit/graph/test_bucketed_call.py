@@ -307,6 +307,20 @@ def test_a_call_whose_indices_are_those_of_padding_decides_nothing(static: bool)
         assert bool(inner.shapes) is padded
 
 
+def test_outputs_that_are_not_finite_prove_nothing() -> None:
+    class Means(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + x.mean(1, keepdim=True)
+
+    model = Means()
+    call, inner = wrap(model, "x:1")
+    call(torch.full((2, 5, 3), float("nan")))
+    x = torch.randn(2, 6, 3)
+    assert torch.equal(call(x), model._call_impl(x))
+    assert inner.shapes == []
+    assert straight(call) == ["output 0 has no finite value: nothing can be compared"]
+
+
 def test_a_call_of_masks_alone_needs_no_other_padding() -> None:
     class Counts(nn.Module):
         def forward(self, mask: torch.Tensor) -> torch.Tensor:
