@@ -22,6 +22,8 @@ _TRAINING = itemgetter("training")
 # A tensor of the host that is at most this large is compared by value, or put on the device, when a model holds it.
 HOST_BYTES = 2**20
 
+_COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._foreach_copy_.default)
+
 # Kept by nn.Module itself: compared as tensors and hooks, or not at all.
 _OWN = {"_parameters", "_buffers", "_modules", "_compiled_call_impl", *(name for name in vars(nn.Module()) if "hooks" in name)}
 
@@ -33,9 +35,11 @@ class WriteWatch(TorchDispatchMode):
 
     device_type: of the device that records. is_elsewhere: tells tensors that are not on it; by default by that type. model:
     names the module that an operation stood in. waits_for: the operation that needs a value of the device on the host, which
-    no graph can record; or None. crosses: the first operation that takes host memory to the device. on_host: the first
-    operation that computed on the host from memory that was there before, larger than HOST_BYTES. counts: whole numbers are
-    written, such as a position that goes up. where: of each operation named here, the module."""
+    no graph can record; or None. crosses: the first operation that takes host memory to the device. taken: storages on the host
+    whose memory is taken to the device without waiting, which a graph would read again in every replay, each with the first
+    operation that does. on_host: the first operation that computed on the host from memory that was there before, larger than
+    HOST_BYTES. counts: whole numbers are written, such as a position that goes up. where: of each operation named here, the
+    module."""
 
     supports_higher_order_operators = True
 
@@ -47,6 +51,7 @@ class WriteWatch(TorchDispatchMode):
         self._model = model
         self.waits_for: str | None = None
         self.crosses: str | None = None
+        self.taken: dict[int, str] = {}
         self.on_host: str | None = None
         self.where: dict[str, str] = {}
         self.num_operations = 0
@@ -78,13 +83,16 @@ class WriteWatch(TorchDispatchMode):
                     self._created[storage._cdata] = StorageWeakRef(storage)
                     made.append(leaf)
         if elsewhere:
-            self._note_host(str(func), elsewhere, [*made, *(t for t in inputs if func is torch.ops.aten.copy_.default)])
+            self._note_host(str(func), elsewhere, [*made, *(t for t in inputs if func in _COPIES)], _waits(func, args, kwargs))
         return result
 
-    def _note_host(self, name: str, elsewhere: list[torch.Tensor], results: list[torch.Tensor]) -> None:
+    def _note_host(self, name: str, elsewhere: list[torch.Tensor], results: list[torch.Tensor], waits: bool) -> None:
         to_device = any(not self._is_elsewhere(tensor) for tensor in results)
         if to_device and self.crosses is None:
             self.crosses = self._met(name)
+        if to_device and not waits:
+            for tensor in elsewhere:
+                self.taken.setdefault(tensor.untyped_storage()._cdata, self._met(name))
         large = any(t.nbytes > HOST_BYTES and t.untyped_storage()._cdata in self.found for t in elsewhere)
         if results and not to_device and large and self.on_host is None:
             self.on_host = self._met(name)
@@ -143,6 +151,13 @@ class WriteWatch(TorchDispatchMode):
 
 def _has_storage(tensor: torch.Tensor) -> bool:
     return is_plain(tensor) and tensor.layout is torch.strided
+
+
+def _waits(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a copy was not told not to wait."""
+    if kwargs.get("non_blocking"):
+        return False
+    return not (func in _COPIES and len(args) > 2 and args[2])
 
 
 def _needs_values(func: Any, args: Any) -> bool:

@@ -187,7 +187,7 @@ class GraphedTrainStep:
             return self._plain(*inputs)
         self._num_captures += 1
         rng = (self._recorder.rng_state(), torch.get_rng_state())
-        watch = WriteWatch(self._recorder.device.type)
+        watch = WriteWatch(self._recorder.device.type, is_elsewhere=self._recorder.is_elsewhere)
         try:
             self._try(signature, call, inputs, watch)
         except RuntimeError as error:
@@ -257,6 +257,8 @@ class GraphedTrainStep:
         """Why a replay could not stand for the step that was just watched, or None."""
         if watch.waits_for is not None:
             return f"the step waits for a value of the device: {watch.waits_for}"
+        if watch.taken:
+            return f"the step takes host memory to the device, which a replay would read again: {next(iter(watch.taken.values()))}"
         if any(map(watch.wrote, call.tensors)):
             return "the step writes to an argument"
         if (python_state(self._model), host_values(self._optimizer)) != before[:2]:

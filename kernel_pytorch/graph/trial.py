@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from kernel_pytorch.errors import UnsupportedOperationError
 from kernel_pytorch.graph.analysis import WorkloadAnalysis
 from kernel_pytorch.graph.captured import Graph
-from kernel_pytorch.graph.inputs import Call, describe, overlaps, rebuild
+from kernel_pytorch.graph.inputs import Call, describe, is_plain, overlaps, rebuild
 from kernel_pytorch.graph.kinds import Kind
 from kernel_pytorch.graph.manager import CUDAGraphManager
 from kernel_pytorch.graph.placement import HostArguments, HostState, can_be_sent, relative_l2
@@ -168,6 +168,9 @@ class Trial:
                     why = "the call writes to an argument on the host"
                 if why is not None:
                     return Outcome(refusal=why, cannot=True)
+            why = self._lost(seen)
+            if why is not None:
+                return Outcome(refusal=why, cannot=True)
             inputs = _Inputs(args, kwargs, static, buffers, host)
             return self._record(inputs, first, seen, pure, expected)
         except CALL_ERRORS as error:
@@ -273,6 +276,12 @@ class Trial:
         devices = [*(tensor.device for tensor in self._call.tensors), *(storage.device for storage in watch.found.values())]
         foreign = next(filter(self._recorder.is_foreign, devices), None)
         return None if foreign is None else f"the call uses memory of {foreign}; graphs are made on {self._recorder.device}"
+
+    def _lost(self, watch: WriteWatch) -> str | None:
+        """Why replays would read host memory that is gone: the call made it, or was given it. What the model holds stays."""
+        held = {slot[2].untyped_storage()._cdata for slot in self._guard.slots if isinstance(slot[2], torch.Tensor) and is_plain(slot[2])}
+        lost = next((name for key, name in watch.taken.items() if key not in held), None)
+        return None if lost is None else f"the call takes host memory that the model does not hold to the device: {watch.said(lost)}"
 
     def _with(self, static: list[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         leaves = iter(static)

@@ -132,3 +132,85 @@ def test_a_conjugate_of_an_argument_is_not_the_argument(wrap: Callable[..., Any]
         assert torch.equal(double, x * 2)
         assert first.data_ptr() == x.data_ptr()
     assert graphed.manager.statistics["replays"] > 0
+
+
+class Doubles:
+    """Tensors of float64 pass for memory of the host."""
+
+    def is_elsewhere(self, tensor: torch.Tensor) -> bool:
+        return tensor.dtype == torch.float64
+
+
+class Makes(nn.Module):
+    """Host memory that is gone after the call."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.ones(2, dtype=torch.float64).to(torch.float32, non_blocking=True)
+
+
+class MakesAndCopies(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        there = torch.empty_like(x)
+        there.copy_(torch.ones(2, dtype=torch.float64), non_blocking=True)
+        return x + there
+
+
+class Takes(nn.Module):
+    """A fresh view of host memory in every call, made by no operation."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tensor([1.0, 1.0], dtype=torch.float64).to(torch.float32, non_blocking=True)
+
+
+class Holds(nn.Module):
+    """Host memory, too large to be put on the device, that stays as long as the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("ones", torch.ones(2**18, 2, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ones: Any = self.ones
+        return x + ones.to(torch.float32, non_blocking=True)[0]
+
+
+@pytest.mark.parametrize(("model", "captured"), [(Makes(), False), (MakesAndCopies(), False), (Takes(), False), (Holds(), True)])
+def test_host_memory_that_a_replay_would_read_again_must_still_be_there(
+    wrap: Callable[..., Any], Rerun: Any, model: nn.Module, captured: bool
+) -> None:
+    graphed, _ = wrap(model, type("Recorder", (Doubles, Rerun), {})())
+    for _ in range(3):
+        assert model(torch.ones(2)).tolist() == [2.0, 2.0]
+    assert [d["captured"] for d in graphed.decisions if d["inputs"] != "whole call"][:1] == [captured], graphed.decisions
+    if not captured:
+        assert graphed.decisions[0]["reason"].startswith("the call takes host memory that the model does not hold to the device: aten.")
+
+
+def test_an_argument_on_the_host_that_cannot_be_placed_is_not_read_again_where_it_was(wrap: Callable[..., Any], Rerun: Any) -> None:
+    class Sends(nn.Module):
+        """A value that Python reads, so that device memory cannot stand for the argument."""
+
+        def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            return x * scale.to(torch.float32, non_blocking=True) + (1.0 if scale.dtype == torch.float64 and scale.tolist()[0] > 0 else 0.0)
+
+    model = Sends()
+    graphed, _ = wrap(model, type("Recorder", (Doubles, Rerun), {})())
+    for _ in range(3):
+        assert model(torch.ones(2), torch.ones(2, dtype=torch.float64)).tolist() == [2.0, 2.0]
+    assert not any(d["captured"] for d in graphed.decisions), graphed.decisions
+
+
+def test_a_step_that_takes_host_memory_to_the_device_stays_plain(Rerun: Any) -> None:
+    model = nn.Linear(2, 1)
+    makes = Makes()
+    with torch.enable_grad():
+        step = GraphedTrainStep(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            lambda called, x: called(makes(x)).sum(),
+            min_speedup=0.0,
+            recorder=type("Recorder", (Doubles, Rerun), {})(),
+        )
+        for _ in range(3):
+            step(torch.ones(3, 2))
+    assert step.decisions[0]["reason"].startswith("the step takes host memory to the device, which a replay would read again: aten.")

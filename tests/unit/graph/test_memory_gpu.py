@@ -151,3 +151,17 @@ def test_a_model_on_another_device_is_not_recorded() -> None:
         x = torch.randn(64, 256, device="cuda:1")
         assert torch.equal(model(x), model.forward(x))
     assert [decision["captured"] for decision in graphed.decisions] == [False]
+
+
+def test_host_memory_that_the_call_makes_is_not_read_again_after_it() -> None:
+    class Sends(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * torch.full((4,), 3.0).pin_memory().to(x.device, non_blocking=True)
+
+    model, x = Sends(), torch.ones(4, device="cuda")
+    graphed = wrap(model)
+    for _ in range(3):
+        junk = [torch.full((4,), 7.0).pin_memory() for _ in range(8)]
+        assert model(x).tolist() == [3.0] * 4
+        del junk
+    assert graphed.decisions[0]["reason"].startswith("the call takes host memory that the model does not hold"), graphed.decisions
