@@ -113,6 +113,17 @@ class StreamedBlock:
         self._seat.ring.finish()
         super()._load_from_state_dict(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
+    def __copy__(self) -> Any:
+        copied = self.original_class.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedOperationError(
+            "an offloaded block cannot be pickled: what brings its weights belongs to this process; save the result with its save(), or the"
+            " model's state_dict()"
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A streamed block with memory of its own."""
         seat = self._seat

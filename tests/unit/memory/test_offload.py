@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -442,6 +443,15 @@ def test_a_copy_has_memory_of_its_own(offload) -> None:
                 parameter.zero_()
         assert not torch.equal(call(copied), expected)
         assert torch.equal(call(applied.model), expected)
+
+
+def test_pickle_is_refused_with_the_way_out_and_a_shallow_copy_shares_all(offload) -> None:
+    applied = offload(llama())
+    with pytest.raises(UnsupportedOperationError, match=r"cannot be pickled: .* save\(\), or the model's state_dict\(\)"):
+        pickle.dumps(applied.model)
+    expected = call(applied.model)
+    applied.model.layers[2] = copy.copy(applied.model.layers[2])
+    assert torch.equal(call(applied.model), expected)
 
 
 def test_the_module_gate_sees_a_wrong_block(offload, lanes: Any, backend: Backend) -> None:
