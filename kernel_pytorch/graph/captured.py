@@ -73,7 +73,7 @@ class Graph:
             # A conjugate, or a negative, that is not computed yet has the argument's memory and other values.
             if index is not None and leaf.dtype == static[index].dtype and not (leaf.is_conj() or leaf.is_neg()):
                 return (index, leaf.shape, leaf.stride(), leaf.storage_offset() - static[index].storage_offset())
-            return "same" if watch.reads(leaf) and index is None else "clone"
+            return "same" if index is None and watch.was_there(leaf) else "clone"
         if holds_tensors(leaf) and not any(leaf is known for known in call.objects):
             raise UnsupportedOperationError(f"the output holds a {type(leaf).__name__}, whose tensors the next replay would overwrite")
         return "same"

@@ -48,7 +48,8 @@ class Region:
         self.active = False
 
     def __call__(self, inputs: list[Any]) -> Any:
-        if not self.active:
+        # Inside a trial or a replay, this thread's maybe: dropping graphs would wait for it.
+        if not self.active or self._manager.lock.locked():
             return self._compiled(inputs)
         weights = [inputs[i] for i in self._fixed]
         if self._graphed is None or not at_addresses(weights, self._addresses, self._all):

@@ -121,6 +121,12 @@ class WriteWatch(TorchDispatchMode):
         """Whether the tensor's memory was there before the call and the call used it."""
         return tensor.untyped_storage()._cdata in self.found
 
+    def was_there(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's memory is not of the call's making: it used it, or the model holds it."""
+        key = tensor.untyped_storage()._cdata
+        held = () if self._model is None else (*self._model.parameters(), *self._model.buffers())
+        return key in self.found or any(_has_storage(other) and other.untyped_storage()._cdata == key for other in held)
+
     @property
     def num_written(self) -> int:
         return len(self._saved)

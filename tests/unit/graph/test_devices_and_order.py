@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from kernel_pytorch.choices import GraphDeploymentStrategy
+from kernel_pytorch.graph.manager import CUDAGraphManager
+from kernel_pytorch.graph.regions import Region
+from kernel_pytorch.graph.strategy import terms
 from kernel_pytorch.graph.training import GraphedTrainStep
 
 
@@ -214,3 +219,43 @@ def test_a_step_that_takes_host_memory_to_the_device_stays_plain(Rerun: Any) -> 
         for _ in range(3):
             step(torch.ones(3, 2))
     assert step.decisions[0]["reason"].startswith("the step takes host memory to the device, which a replay would read again: aten.")
+
+
+def test_a_region_whose_weights_moved_does_not_wait_for_the_trial_that_it_is_called_in(Rerun: Any) -> None:
+    """The whole call is tried again with new weights, and runs through regions that have graphs of the old ones."""
+    manager = CUDAGraphManager(Rerun(), terms(GraphDeploymentStrategy.aggressive, 0.0), num_warmup_calls=1)
+    region = Region(lambda inputs: [inputs[0] + inputs[1]], [0], [], "region 0", manager)
+    region.active = True
+    old, new, x = torch.ones(2), torch.full((2,), 2.0), torch.ones(2)
+    outputs: list[list[float]] = []
+
+    def calls() -> None:
+        with torch.no_grad():
+            region([old, x])
+            with manager.lock:
+                outputs.append(region([new, x])[0].tolist())
+            outputs.append(region([new, x])[0].tolist())
+
+    thread = threading.Thread(target=calls, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert outputs == [[3.0, 3.0], [3.0, 3.0]]
+    assert manager.statistics["captures"] == 2
+
+
+def test_a_buffer_that_comes_back_untouched_is_the_models_own(wrap: Callable[..., Any]) -> None:
+    class Returns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("state", torch.zeros(2))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
+            return x * 2, self.state
+
+    model = Returns()
+    graphed, _ = wrap(model)
+    for _ in range(3):
+        _, state = model(torch.ones(2))
+        state.add_(1)
+    assert model.state.tolist() == [3.0, 3.0]  # pyright: ignore[reportCallIssue]
+    assert graphed.manager.statistics["replays"] >= 2
