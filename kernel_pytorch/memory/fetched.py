@@ -75,6 +75,11 @@ def fetch(model: nn.Module, blocks: Mapping[str, nn.Module], names: Mapping[str,
                     if id(tensor) not in made:
                         made[id(tensor)] = _copied(tensor, device)
                     table[key] = made[id(tensor)]
+    for module in model.modules():
+        # As moving a model in place does: a Python attribute goes on holding what a module has under a name.
+        for key, value in vars(module).items():
+            if isinstance(value, torch.Tensor) and id(value) in made:
+                module.__dict__[key] = made[id(value)]
     for name, block in blocks.items():
         block.__class__ = _fetched_class(type(block))
         block.__dict__.update(_fetched=tuple(names[name]), _fetched_to=device)

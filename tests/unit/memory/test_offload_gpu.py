@@ -120,6 +120,50 @@ def test_without_either_wait_the_answer_is_wrong(lanes: type[CudaLanes], cycles:
         torch.cuda.synchronize()
 
 
+def test_a_state_dict_that_is_loaded_while_a_call_computes_counts_in_the_next_one() -> None:
+    model, other = (nn.Sequential(*(Slow(float(base**index), 50_000_000) for index in range(6))) for base in (2, 3))
+    x = torch.zeros(4, device=DEVICE)
+    with torch.inference_mode():
+        expected, then = model(x), other(x)
+        state = {name: value.cpu() for name, value in other.state_dict().items()}
+        applied = offload(model)
+        # Nothing waits for the device in between.
+        first = applied.model(x)
+        applied.model.load_state_dict(state)
+        second = applied.model(x)
+        assert torch.equal(first, expected)
+        assert torch.equal(second, then)
+
+
+class Gives(Slow):
+    """Its weight is looked at when other blocks have come to its slot."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x), self.weight[:4]
+
+
+class Collects(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Gives(float(2**index), 10_000_000) for index in range(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        given = []
+        for layer in self.layers:
+            x, weight = layer(x)
+            given.append(weight)
+        return x + torch.stack(given).sum(0)
+
+
+def test_weights_that_a_block_returns_outlive_its_slot() -> None:
+    model = Collects()
+    x = torch.zeros(4, device=DEVICE)
+    with torch.inference_mode():
+        expected = model(x)
+        applied = offload(model)
+        assert all(torch.equal(applied.model(x), expected) for _ in range(3))
+
+
 def test_only_the_slots_and_the_rest_are_on_the_device() -> None:
     with torch.inference_mode():
         # Libraries take their workspaces once.

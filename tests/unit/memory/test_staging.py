@@ -190,3 +190,19 @@ def test_the_backends_layout_leaves_convolutions_of_streamed_blocks_alone(
     assert layout["after"]["num_convolutions"] == 1
     with torch.inference_mode():
         torch.testing.assert_close(optimized.model(*args), model(*args))
+
+
+def test_an_attribute_that_holds_a_weight_goes_to_the_device_with_it() -> None:
+    class Aliased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.other = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+            self.__dict__["alias"] = self.first
+
+    model = nn.Sequential(*(Aliased() for _ in range(3)), nn.Linear(4, 4))
+    model.__dict__["head"] = model[3].weight
+    step = OffloadWeights(include=[], exclude=[], prefetch_depth=1, num_resident_blocks=0)
+    step.stage(model, torch.device("meta"))
+    assert all(block.alias is block.first for block in model[:3])
+    assert model.head is model[3].weight
+    assert [model[0].first.device.type, model[0].other.device.type] == ["meta", "cpu"]
