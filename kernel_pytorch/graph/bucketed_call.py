@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -87,11 +87,11 @@ class BucketedCall:
     holds for the model as it was: parameters or buffers that are replaced or written to (but for `.data`, which leaves no
     trace) and modes that change make it run again.
 
-    inner: what runs padded calls. plain: the same function, of any size, without state of its own; None is `inner`. straight:
-    what runs calls that are not padded; None is `plain`. replay: as GraphedCall.replay, of `inner`. checking: entered while a
-    call is checked. model: whose signature the declarations are of. tile: see make_buckets. static_inputs: padded arguments
-    are always in the same memory, as graphs want them. num_captures: graphs recorded by `inner` so far. busy: someone else
-    captures now."""
+    inner: what runs padded calls. plain: the same function, of any size, without state of its own; None is `inner`. straight: runs
+    calls that are not padded; None is `plain`. replay: as GraphedCall.replay, of `inner`. checking: entered while a call is
+    checked. model: whose signature the declarations are of. tile: see make_buckets. static_inputs: padded arguments are always
+    in the same memory, as graphs want them; `hold` is told of it, for a replay may read it when it is let go. num_captures:
+    graphs recorded by `inner` so far. busy: someone else captures now."""
 
     def __init__(
         self,
@@ -108,16 +108,16 @@ class BucketedCall:
         static_inputs: bool = False,
         num_captures: Callable[[], int] = lambda: 0,
         busy: Callable[[], bool] = lambda: False,
+        hold: Callable[[Iterable[torch.Tensor]], None] = lambda _: None,
     ) -> None:
         self._model, self._inner, self._plain = model, inner, plain or inner
         self._unpadded, self._replay, self._checking = straight or self._plain, replay, checking
-        self._static_inputs, self._num_captures, self._busy = static_inputs, num_captures, busy
+        self._static_inputs, self._num_captures, self._busy, self._hold = static_inputs, num_captures, busy, hold
         self._declarations = Declarations(model.forward, dynamic_dims)
         self._buckets = {name: make_buckets(bucketing, tile) for name in self._declarations.size_names}
         self._families: LRUCache[Hashable, _Family] = LRUCache(_MAX_FAMILIES)
         self._routes: dict[Hashable, _Route | str] = {}
         self._lock = threading.Lock()
-        self._stream: torch.cuda.Stream | None = None
         self._watch_model()
         self._num_calls_unchanged, self._settling = _CALLS_OF_A_CHECK, False
         self._report = BucketReport(bucketing, tile, self._buckets)
@@ -176,7 +176,7 @@ class BucketedCall:
 
     def _route(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Route | str:
         """Where a call goes; or why it goes straight through."""
-        found = self._declarations.find(args, kwargs)
+        found = self._declarations.find(args, kwargs, first=not self._families)
         if isinstance(found, str):
             return found
         targets: dict[str, int] = {}
@@ -361,13 +361,8 @@ class BucketedCall:
             return found.padded(bucket.targets)
         if bucket.inputs is None:
             bucket.inputs = StaticInputs(found, bucket.targets)
+            self._hold(bucket.inputs.tensors)
             bucket.row["buffer_bytes"] += bucket.inputs.num_bytes
-        if found.tensors[0].is_cuda:
-            stream = torch.cuda.current_stream(found.tensors[0].device)
-            if self._stream is not None and self._stream != stream:
-                # The call before may still be reading what is written now.
-                stream.wait_stream(self._stream)
-            self._stream = stream
         bucket.inputs.load(found)
         return bucket.inputs.tensors
 

@@ -73,6 +73,7 @@ def bucket_calls(
         static_inputs=True,
         num_captures=lambda: manager.statistics["captures"],
         busy=manager.recorder.busy,
+        hold=manager.recorder.hold,
     )
     model._compiled_call_impl = bucketed
     return bucketed

@@ -104,10 +104,17 @@ class StaticInputs:
             self.tensors = found.padded(targets)
         self._sizes: dict[str, int] = {}
         self._parts: list[torch.Tensor] = []
+        self._stream: torch.cuda.Stream | None = None
         self.num_bytes = sum(tensor.nbytes for tensor in self.tensors)
 
     def load(self, found: Found) -> None:
         """Copies a call's tensors in; the rest is padding."""
+        if self.tensors[0].is_cuda:
+            stream = torch.cuda.current_stream(self.tensors[0].device)
+            if self._stream is not None and self._stream != stream:
+                # The call before may still be reading what is written now.
+                stream.wait_stream(self._stream)
+            self._stream = stream
         if found.sizes != self._sizes:
             for tensor, value in zip(self.tensors, found.values, strict=True):
                 tensor.fill_(value)
@@ -133,8 +140,9 @@ class Declarations:
             declared.setdefault(name, []).append((int(match["dim"]), size, None if value is None else float(value)))
         self._arguments = [_argument(name, dims, parameters) for name, dims in declared.items()]
 
-    def find(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Found | str:
-        """The declared tensors of a call; or why it cannot be padded. Arguments that are left out or None are none."""
+    def find(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, first: bool = False) -> Found | str:
+        """The declared tensors of a call; or why it cannot be padded. Arguments that are left out or None are none. first: no call
+        was padded before; raises NoEffectError for a dim that is not there, which later calls of another rank may lack."""
         found = Found([], [], [], [], [], {})
         for argument in self._arguments:
             where = _where(argument, args, kwargs)
@@ -148,7 +156,10 @@ class Declarations:
             dims: dict[int, str] = {}
             for dim, size in argument.dims:
                 if not -tensor.dim() <= dim < tensor.dim():
-                    return f"{argument.name} has {tensor.dim()} dims, and no dim {dim}"
+                    why = f"{argument.name} has {tensor.dim()} dims, and no dim {dim}"
+                    if first:
+                        raise NoEffectError(f"graph.dynamic_dims: {why}; dims are counted from 0, or from the end as -1")
+                    return why
                 dims[dim % tensor.dim()] = size
                 if found.sizes.setdefault(size, tensor.shape[dim]) != tensor.shape[dim]:
                     return f"dims declared as {size} differ in their elements"

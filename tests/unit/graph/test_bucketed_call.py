@@ -725,6 +725,7 @@ def test_what_is_not_padded_and_why() -> None:
     call, inner = wrap(model, "input_ids:1", max_size=16)
     call(ids(2, 17))
     call(ids(2, 0))
+    call(ids(2, 16))
     call(ids(1, 4)[0])
     with torch.inference_mode(False):
         call(torch.ones(2, 5, dtype=torch.int64))
@@ -738,7 +739,7 @@ def test_what_is_not_padded_and_why() -> None:
         "gradients are enabled",
         "a module has a forward hook, which would see padding",
     ]
-    assert inner.shapes == []
+    assert inner.shapes == [(2, 16)]
     encoder, _ = wrap(Encoder(), "input_ids:1", "attention_mask:1")
     with pytest.raises(RuntimeError):
         encoder(ids(2, 5), torch.ones(2, 6, dtype=torch.int64))
@@ -752,6 +753,8 @@ def test_declarations_are_of_arguments_that_are_there() -> None:
         wrap(Tokens(), "3:1")
     with pytest.raises(NoEffectError, match=r"x has padding of 0\.0 and 1\.0"):
         wrap(Mean(), "x:0=0", "x:1=1")
+    with pytest.raises(NoEffectError, match=r"graph\.dynamic_dims: input_ids has 2 dims, and no dim 2; dims are counted from 0"):
+        wrap(Tokens(), "input_ids:2")[0](ids(2, 5))
     by_position, inner = wrap(Tokens(), "0:-1")
     for _ in range(2):
         by_position(input_ids=ids(2, 5))
