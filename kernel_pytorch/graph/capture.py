@@ -103,9 +103,10 @@ class CaptureWholeCall(Optimizer):
         self.bucketing = bucketing
 
     def support(self, backend: Backend) -> Support:
-        if backend.device.type == "cuda":
-            return Support(Level.native)
-        return Support(Level.native, f"not applicable on {backend.vendor}")
+        if backend.device.type != "cuda":
+            return Support(Level.native, f"not applicable on {backend.vendor}")
+        unread = not self.dynamic_dims and self.bucketing != BucketingConfig()
+        return Support(Level.native, "graph.bucketing is not read: graph.dynamic_dims names no dims" if unread else "")
 
     def apply(self, model: nn.Module, context: Context) -> Applied:
         device = context.backend.device

@@ -483,6 +483,14 @@ STEP = CaptureWholeCall(
 )
 
 
+def test_settings_of_buckets_without_dims_are_said_to_be_unread() -> None:
+    backend = plan_backend("h100", BackendConfig())
+    assert (STEP.support(backend).level, STEP.support(backend).reason) == (Level.native, "")
+    settings = {**vars(STEP), "bucketing": BucketingConfig(step=32)}
+    assert CaptureWholeCall(**settings).support(backend).reason == "graph.bucketing is not read: graph.dynamic_dims names no dims"
+    assert CaptureWholeCall(**{**settings, "dynamic_dims": ["x:0"]}).support(backend).reason == ""
+
+
 class Nothing(Workload):
     def call(self, model: nn.Module) -> Any: ...
 
