@@ -285,8 +285,11 @@ class BucketedCall:
         if isinstance(outcome, str):
             family.refusal = outcome
             return
-        if not outcome.other_padding and not all(found.kept):
-            # What was left of the arguments at the sizes tried showed nothing: another call may.
+        if outcome.constant or (not outcome.other_padding and not all(found.kept)):
+            # What was left of the arguments at the sizes tried, or came out of them, showed nothing: another call may.
+            family.num_tries += outcome.constant
+            if family.num_tries > _MAX_TRIES:
+                family.refusal = "outputs are one value over and over: nothing can be compared"
             return
         bucket.passed, bucket.takes_copies = outcome, True
         bucket.row.pop("refused", None)

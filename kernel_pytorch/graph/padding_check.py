@@ -41,13 +41,15 @@ def types_computed_in(model: nn.Module, device: torch.device) -> set[torch.dtype
 @dataclass(frozen=True)
 class Passed:
     """cuts: of each output leaf. shapes: of the padded outputs. max_relative_l2: largest error of a position against the call
-    without padding. num_runs: of the model. other_padding: padding was varied; False where all of it is relied on."""
+    without padding. num_runs: of the model. other_padding: padding was varied; False where all of it is relied on. constant: no
+    output varied from element to element, as behind a ReLU that lets nothing through, so that nothing was shown."""
 
     cuts: list[Cut]
     shapes: list[tuple[int, ...] | None]
     max_relative_l2: float
     num_runs: int
     other_padding: bool
+    constant: bool
 
 
 class _Unequal(Exception):
@@ -79,6 +81,7 @@ def check_padding(
         for index, leaf in enumerate(plain.leaves):
             if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.numel() and not leaf.isfinite().any():
                 return f"output {index} has no finite value: nothing can be compared"
+        constant = not all(found.kept) and all(map(_is_constant, plain.leaves))
         cuts = check.cuts(found, plain)
         padded = check.equal(found, plain, cuts)
         tried = [base]
@@ -91,7 +94,12 @@ def check_padding(
         return str(why)
     except _ERRORS as error:
         return f"a padded call failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
-    return Passed(cuts, padded.shapes(), check.max_error, check.num_runs, check.other_padding)
+    return Passed(cuts, padded.shapes(), check.max_error, check.num_runs, check.other_padding, constant)
+
+
+def _is_constant(leaf: Any) -> bool:
+    """Whether a leaf says nothing of positions: not a tensor, or one value over and over."""
+    return not isinstance(leaf, torch.Tensor) or (leaf.numel() > 1 and bool((leaf == leaf.reshape(-1)[0]).all()))
 
 
 class _Check:

@@ -321,6 +321,26 @@ def test_outputs_that_are_not_finite_prove_nothing() -> None:
     assert straight(call) == ["output 0 has no finite value: nothing can be compared"]
 
 
+def test_outputs_of_one_value_prove_nothing_and_are_not_looked_at_for_ever() -> None:
+    class Gated(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x + x.mean(1, keepdim=True) - 1e3).relu()
+
+    model = Gated()
+    call, inner = wrap(model, "x:1")
+    call(torch.randn(2, 5, 3))
+    x = torch.randn(2, 6, 3) + 1e3
+    assert torch.equal(call(x), model._call_impl(x))
+    assert inner.shapes == []
+    assert len(straight(call)) == 1
+    assert straight(call)[0].startswith("output 0")
+    never, inner = wrap(Gated(), "x:1")
+    for length in (5, 6, 5, 6, 5, 6):
+        assert never(torch.randn(2, length, 3)).max() == 0
+    assert inner.shapes == []
+    assert straight(never) == ["outputs are one value over and over: nothing can be compared"]
+
+
 def test_a_call_of_masks_alone_needs_no_other_padding() -> None:
     class Counts(nn.Module):
         def forward(self, mask: torch.Tensor) -> torch.Tensor:
@@ -713,7 +733,7 @@ def test_a_cache_in_an_attribute_is_refused_and_a_table_that_is_filled_once_is_n
     assert straight(call) == ["the call changes Python attributes of the model"]
     table, inner = wrap(Table(), "x:0")
     for _ in range(4):
-        assert table(torch.ones(5)).tolist() == [2.0] * 5
+        assert table(torch.arange(5.0)).tolist() == [0.0, 2.0, 4.0, 6.0, 8.0]
     # Filled for 5, then for 8; checked; run inside.
     assert inner.shapes == [(8,)]
     assert straight(table) == []
