@@ -124,8 +124,10 @@ def _add(acc, a0, a1, x, HALF: gl.constexpr):
 
 
 @gluon.jit
-def _load_weights(w_ptr, s_ptr, tile, tiles, pair, pairs, lane, part, ROWS: gl.constexpr, WARPS_N: gl.constexpr):
-    """Words of both chunks and scales of one step, for ROWS tiles of 16 rows."""
+def _load_weights(w_ptr, s_ptr, tile, tiles, pair, pairs, lane, part, ROWS: gl.constexpr, WARPS_N: gl.constexpr, EVEN: gl.constexpr):
+    """Words of both chunks and scales of one step, for ROWS tiles of 16 rows. Past the last pair they are the last one's: x is zero."""
+    if not EVEN:
+        pair = gl.minimum(pair, pairs - 1)
     found = ()
     for r in gl.static_range(ROWS):
         at = (gl.minimum(tile + r * WARPS_N, tiles - 1) * pairs + pair) * 32 + lane
@@ -138,26 +140,24 @@ def _load_weights(w_ptr, s_ptr, tile, tiles, pair, pairs, lane, part, ROWS: gl.c
 
 
 @gluon.jit
+def _load_four(at, valid, MASKED: gl.constexpr):
+    """Four words of x; zero where not valid. Without a mask no register is cleared before."""
+    if MASKED:
+        return gl.load(at, mask=valid, other=0, eviction_policy="evict_last")
+    return gl.load(at, eviction_policy="evict_last")
+
+
+@gluon.jit
 def _load_x(x_ptr, m, M, row_words, pair, pairs, t, part, COLUMNS: gl.constexpr, EVEN: gl.constexpr):
     """What a lane multiplies in one step: for each eight rows of x, its 16 columns of both chunks."""
     found = ()
-    everywhere = gl.expand_dims(part, 0) >= 0
+    valid = gl.expand_dims(pair < pairs, 1) & (gl.expand_dims(part, 0) >= 0)
     for c in gl.static_range(COLUMNS):
         # Rows past the last are computed and not stored.
         row = gl.minimum(m + c * 8, M - 1)
         at = x_ptr + gl.expand_dims(row.to(gl.int64) * row_words + pair * 64 + t * 8, 1) + gl.expand_dims(part, 0)
-        if EVEN:
-            x0 = gl.load(at, eviction_policy="evict_last")
-            x1 = gl.load(at + 4, eviction_policy="evict_last")
-            x2 = gl.load(at + 32, eviction_policy="evict_last")
-            x3 = gl.load(at + 36, eviction_policy="evict_last")
-        else:
-            valid = gl.expand_dims(pair < pairs, 1) & everywhere
-            x0 = gl.load(at, mask=valid, other=0, eviction_policy="evict_last")
-            x1 = gl.load(at + 4, mask=valid, other=0, eviction_policy="evict_last")
-            x2 = gl.load(at + 32, mask=valid, other=0, eviction_policy="evict_last")
-            x3 = gl.load(at + 36, mask=valid, other=0, eviction_policy="evict_last")
-        found = found + ((x0, x1, x2, x3),)
+        x0, x1 = _load_four(at, valid, not EVEN), _load_four(at + 4, valid, not EVEN)
+        found = found + ((x0, x1, _load_four(at + 32, valid, not EVEN), _load_four(at + 36, valid, not EVEN)),)
     return found
 
 
@@ -215,7 +215,7 @@ def tile(
 ):
     """x_ptr: int32, two values each. WARPS_N: warps that have rows of their own; the others of a program share K. ROWS: tiles of 16
     rows a warp. COLUMNS: groups of eight rows of x. DEPTH, DEPTH_X: steps whose weights and x are asked for ahead. EVEN: every warp
-    has STEPS pairs of chunks. CLUSTER: programs of a cluster, which share K."""
+    has STEPS pairs of chunks. CLUSTER: programs of a cluster, which share K. LOOP: all steps but the last DEPTH are a loop."""
     WARPS_K: gl.constexpr = WARPS // WARPS_N
     # Two sums for each element while registers suffice: a sum is a chain of matrix instructions.
     CHAINS: gl.constexpr = 2 if ROWS * COLUMNS <= 2 else 1
@@ -240,8 +240,7 @@ def tile(
         gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     ahead = ()
     for d in gl.static_range(DEPTH):
-        pair = first + d * WARPS_K if EVEN else gl.minimum(first + d * WARPS_K, pairs - 1)
-        ahead = ahead + (_load_weights(w_ptr, s_ptr, own_tile, tiles, pair, pairs, lane, part, ROWS, WARPS_N),)
+        ahead = ahead + (_load_weights(w_ptr, s_ptr, own_tile, tiles, first + d * WARPS_K, pairs, lane, part, ROWS, WARPS_N, EVEN),)
     OUT: gl.constexpr = _lanes([1, 1], [1, 32], [1, WARPS], CLUSTER)
     i = gl.expand_dims(gl.arange(0, WARPS_N * 128, gl.SliceLayout(0, OUT)), 0)
     rank = gl.expand_dims(gl.arange(0, CLUSTER, gl.SliceLayout(1, OUT)), 1)
@@ -264,9 +263,7 @@ def tile(
     ROLLED: gl.constexpr = STEPS - DEPTH if LOOP else 0
     for step in range(ROLLED):
         pair = first + (step + DEPTH) * WARPS_K
-        if not EVEN:
-            pair = gl.minimum(pair, pairs - 1)
-        ahead = ahead + (_load_weights(w_ptr, s_ptr, own_tile, tiles, pair, pairs, lane, part, ROWS, WARPS_N),)
+        ahead = ahead + (_load_weights(w_ptr, s_ptr, own_tile, tiles, pair, pairs, lane, part, ROWS, WARPS_N, EVEN),)
         column = first + (step + DEPTH_X) * WARPS_K
         ahead_x = ahead_x + (_load_x(x_ptr, m, M, row_words, column, pairs, t, part, COLUMNS, EVEN),)
         sums = _sum(sums, ahead[0], ahead_x[0], ROWS, COLUMNS, CHAINS, HALF)
@@ -275,9 +272,7 @@ def tile(
     for step in gl.static_range(ROLLED, STEPS):
         if step + DEPTH < STEPS:
             pair = first + (step + DEPTH) * WARPS_K
-            if not EVEN:
-                pair = gl.minimum(pair, pairs - 1)
-            ahead = ahead + (_load_weights(w_ptr, s_ptr, own_tile, tiles, pair, pairs, lane, part, ROWS, WARPS_N),)
+            ahead = ahead + (_load_weights(w_ptr, s_ptr, own_tile, tiles, pair, pairs, lane, part, ROWS, WARPS_N, EVEN),)
         if step + DEPTH_X < STEPS:
             column = first + (step + DEPTH_X) * WARPS_K
             ahead_x = ahead_x + (_load_x(x_ptr, m, M, row_words, column, pairs, t, part, COLUMNS, EVEN),)

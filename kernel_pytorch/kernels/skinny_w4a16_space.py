@@ -17,10 +17,10 @@ Stored = tuple[torch.Tensor, ...]
 def candidates(m: int, n: int, k: int, device: torch.device) -> list[Config]:
     on = op.device(device.index)
     pairs, tiles, wide = -(-k // op.PAIR), -(-n // op.TILE), op.groups(m)
-    # Where programs can meet in a cluster, no second kernel sums.
+    # Programs that share K meet in a cluster where there are any, or a second kernel sums: either was measured faster somewhere.
     clusters = op.runnable(Config(1, 4, 4, 1, split=2, cluster=True), on).cluster
     found = [
-        Config(rows, warps, warps_n, depth, 1 if wide == 1 else 0, split, registers, on.dependent_launch, clusters and split > 1)
+        Config(rows, warps, warps_n, depth, 1 if wide == 1 else 0, split, registers, on.dependent_launch, cluster)
         for rows, warps, warps_n in (
             (1, 4, 1),
             (1, 4, 2),
@@ -35,6 +35,7 @@ def candidates(m: int, n: int, k: int, device: torch.device) -> list[Config]:
             (1, 16, 1),
         )
         for split in (1, 2, 4, 8)
+        for cluster in ((False, True) if clusters and split > 1 else (False,))
         for depth in ((2, 4) if wide == 1 else (1, 2))
         for registers in (64, 96, 128, 168)[wide > 1 :: 2]
         if pairs >= 2 * split * (warps // warps_n)

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-RECIPES = (
-    "a100_fp8",
-    "b200_nvfp4",
-    "cpu_fp32_compile",
-    "cpu_int8",
-    "eager",
-    "h100_bf16",
-    "h100_fp8",
-    "h100_nvfp4",
-    "mi300x_fp8",
-    "tpu_v5e_bf16",
-)
+RECIPES = tuple(sorted(path.stem for path in Path(__file__).parents[2].glob("recipes/*.yaml")))
 
 # name -> (words, what stdout says)
 COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {

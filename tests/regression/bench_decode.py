@@ -9,19 +9,17 @@ its reason; a result that is not finite or not near bf16 ends the run.
 from __future__ import annotations
 
 import argparse
-import faulthandler
 import functools
 import json
-import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from time_limit import limit
 from torch import nn
 from torchao.quantization import (
     Float8DynamicActivationFloat8WeightConfig,
@@ -60,22 +58,6 @@ class Arm:
 
     def mode(self, batch: int) -> str | None:
         return "max-autotune-no-cudagraphs" if self.search_at_one_row and batch == 1 else None
-
-
-@contextmanager
-def limit(seconds: int) -> Iterator[None]:
-    """TimeoutError when the block takes longer: one slow peer must not take the run with it."""
-
-    def stop(*_: Any) -> None:
-        faulthandler.dump_traceback(all_threads=False)
-        raise TimeoutError(f"not built after {seconds} s")
-
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
 
 
 def torchao(config: Any) -> Build:

@@ -8,17 +8,17 @@ import gc
 import itertools
 import json
 import random
-import signal
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from statistics import median
 from typing import Any
 
 import torch
 from graph_workloads import WORKLOADS, Args, Workload
+from time_limit import limit
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -130,19 +130,6 @@ def compiled(model: Callable[..., Any], mode: str | None = None) -> Callable[...
     return torch.compile(own, mode=mode)
 
 
-@contextlib.contextmanager
-def limited(seconds: int) -> Iterator[None]:
-    def stop(*_: Any) -> None:
-        raise TimeoutError(f"not built after {seconds} s")
-
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-
-
 class Bench:
     """The arms of one workload. A training step has another set of them, made by `trained`."""
 
@@ -203,7 +190,7 @@ class Bench:
         captures, before = self.num_captures, self.memory()
         began = time.perf_counter()
         try:
-            with limited(self.options.arm_seconds):
+            with limit(self.options.arm_seconds):
                 call, train = build(ring)
                 losses = []
                 for args in ring * passes:
@@ -284,7 +271,7 @@ class Bench:
         if self.workload.train_model is None:
             for extra in [[], *self.workload.extra.values()]:
                 overrides = [word for word in extra if not word.startswith("graph.")]
-                with contextlib.suppress(*FAILURES), limited(self.options.arm_seconds):
+                with contextlib.suppress(*FAILURES), limit(self.options.arm_seconds):
                     model = self.optimized(self.shared[0], ["graph=none", *overrides]).model
                     for args in self.ring(0)[:2]:
                         model(*args)

@@ -24,18 +24,7 @@ from kernel_pytorch.recipe.options import GROUPS, options
 from kernel_pytorch.recipe.overrides import read_overrides
 from kernel_pytorch.recipe.sources import RecipeSources
 
-RECIPES = (
-    "a100_fp8",
-    "b200_nvfp4",
-    "cpu_fp32_compile",
-    "cpu_int8",
-    "eager",
-    "h100_bf16",
-    "h100_fp8",
-    "h100_nvfp4",
-    "mi300x_fp8",
-    "tpu_v5e_bf16",
-)
+RECIPES = tuple(sorted(path.stem for path in Path(__file__).parents[3].glob("recipes/*.yaml")))
 
 
 def by_layers(words: list[str], sources: RecipeSources):
