@@ -214,7 +214,7 @@ def choose(m: int, n: int, k: int, on: Device) -> Config:
     """The measured configuration for this layer on this GPU at the next M that was measured, else a rule drawn from measured ones."""
     table = tuned(on.name)
     for rows in ROWS:
-        if min(m, MAX_ROWS) <= rows and (n, k, rows) in table:
+        if min(m, ROWS[-1]) <= rows and (n, k, rows) in table:
             return table[n, k, rows]
     # Four warps side by side share what they read of x; K is split until each processor holds about six programs.
     wide = groups(m)

@@ -119,7 +119,8 @@ def test_measured_configurations_and_the_rule_without_them():
         assert {m for m in (1, 8, 16, 32) if (n, k, m) in op.tuned(H100.name)} == {1, 8, 16, 32}
         assert op.choose(5, n, k, H100) == op.tuned(H100.name)[n, k, 8]
         # Above 32 rows programs take 32 each.
-        assert (op.groups(50), op.choose(50, n, k, H100)) == (4, op.tuned(H100.name)[n, k, 32])
+        assert (op.groups(50), op.choose(50, n, k, H100)) == (4, op.tuned(H100.name)[n, k, 64])
+        assert op.choose(300, n, k, H100) == op.tuned(H100.name)[n, k, 64]
     another = op.Device("another", 80, 100_000, False, False, True)
     assert op.choose(5, 4096, 4096, another) == op.Config(1, 4, 4, 2, 1, split=4, registers=64, overlap=False)
     assert op.choose(32, 28672, 4096, another) == op.Config(2, 4, 4, 1, 0, split=2, overlap=False)
