@@ -91,7 +91,8 @@ def test_decode_steps_write_the_callers_cache(compiled: bool) -> None:
     outputs, cache = run()
     assert int(model.num_calls) == 12  # pyright: ignore[reportArgumentType]
     assert all(torch.equal(a, b) for a, b in zip(outputs + cache, expected + expected_cache, strict=True))
-    assert [d["captured"] for d in graphed.decisions] == [True, True], graphed.decisions
+    # One for the first call's addresses, one that copies in; where copies measure too slow, one more for addresses that come back.
+    assert [d["captured"] for d in graphed.decisions] in ([True] * 2, [True] * 3), graphed.decisions
     assert graphed.decisions[0]["num_written"] == 3
     outputs, cache = run()
     assert all(torch.equal(a, b) for a, b in zip(outputs + cache, expected + expected_cache, strict=True))

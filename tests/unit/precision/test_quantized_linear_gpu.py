@@ -54,8 +54,9 @@ def test_error_is_at_most_twice_the_references(name: str, k: int, n: int, dtype:
     module = QuantizedLinear.from_linear(linear, weight, activation, input_range=seen if static else None)
     reference = FakeQuantLinear(linear, weight, activation, None, (seen.low, seen.high) if static else None)
     compiled = torch.compile(module, fullgraph=True, dynamic=False)
-    # float8 products are rounded to bf16 by the hardware path; inputs that round to another code differ by a code.
-    floor = 4e-3 if "scaled_mm" in module.kernel else 1e-3 if module.quantizes_activations else 2e-6
+    # float8 products are rounded to bf16 by the hardware path. Inputs half-way between two codes may take either, and in float16 up to
+    # four of 1,152 are (seen in 300 draws), which is 1.4e-3 of the output.
+    floor = 4e-3 if "scaled_mm" in module.kernel else 2e-3 if module.quantizes_activations else 2e-6
     for rows in (0, 1, 3, 64, 300):
         x = torch.randn(rows, k, device="cuda", dtype=dtype)
         exact = copy.deepcopy(reference).double()(x.double())
