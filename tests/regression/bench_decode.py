@@ -1,9 +1,12 @@
-"""One decode step of a Llama-3-8B shape, our recipes against peers: python bench_decode.py OUT.json [--batch 1,8] [--arms A,B]
+"""One decode step of a Llama-3-8B shape, our recipes against peers.
+
+python bench_decode.py OUT.json [--batch 1,8] [--arms A,B] [--warm SECONDS]
 
 Random weights, static KV cache, 2,048 tokens of context. Every arm gets the same treatment: Q, K, V and gate, up merged, each
 block compiled by torch.compile, the whole step captured in one CUDA graph. Arms replay in turn in one process; the first is
 timed twice (A/A). The error of an arm is its logits' SQNR against the bf16 arm's. An arm that cannot be built is reported with
-its reason; a result that is not finite or not near bf16 ends the run.
+its reason; a result that is not finite or not near bf16 ends the run. --warm: before, peers compile one block each in processes of
+their own, which fills the compilers' caches; their timings take turns on the GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +15,9 @@ import argparse
 import functools
 import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from alone import holding, time_alone
 from time_limit import limit
 from torch import nn
 from torchao.quantization import (
@@ -50,14 +57,14 @@ Build = Callable[[nn.Module], nn.Module]
 
 @dataclass(frozen=True)
 class Arm:
-    """build: quantizes a model's linears. mode: of torch.compile; weight-only torchao needs the search to get its one-row kernel,
-    and only at one row."""
+    """build: quantizes a model's linears. fuses_one_row: Inductor has a one-row kernel for it that reads 8-bit weights, and takes it when
+    it may tune by coordinate descent."""
 
     build: Build
-    search_at_one_row: bool = False
+    fuses_one_row: bool = False
 
-    def mode(self, batch: int) -> str | None:
-        return "max-autotune-no-cudagraphs" if self.search_at_one_row and batch == 1 else None
+    def options(self, batch: int) -> dict[str, Any] | None:
+        return {"coordinate_descent_tuning": True} if self.fuses_one_row and batch == 1 else None
 
 
 def torchao(config: Any) -> Build:
@@ -125,8 +132,8 @@ ARMS: dict[str, Arm] = {
     "torchao fp8dq": Arm(torchao(functools.partial(Float8DynamicActivationFloat8WeightConfig, granularity=PerRow()))),
     "torchao int4": Arm(torchao(int4)),
     "gemlite fp8": Arm(gemlite("A16W8_FP8")),
-    "torchao fp8wo": Arm(torchao(Float8WeightOnlyConfig), search_at_one_row=True),
-    "torchao int8wo": Arm(torchao(Int8WeightOnlyConfig), search_at_one_row=True),
+    "torchao fp8wo": Arm(torchao(Float8WeightOnlyConfig), fuses_one_row=True),
+    "torchao int8wo": Arm(torchao(Int8WeightOnlyConfig), fuses_one_row=True),
     "gemlite nvfp4": Arm(gemlite("A16W4_NVFP")),
     "gemlite mxfp4": Arm(gemlite("A16W4_MXFP")),
 }
@@ -137,14 +144,16 @@ LEAST_DB = 5.0
 class Step:
     """One decode step of a model as a CUDA graph. The blocks share one compiled code."""
 
-    def __init__(self, model: Llama, mode: str | None, caches: list[tuple[torch.Tensor, torch.Tensor]], ids: torch.Tensor) -> None:
+    def __init__(
+        self, model: Llama, options: dict[str, Any] | None, caches: list[tuple[torch.Tensor, torch.Tensor]], ids: torch.Tensor
+    ) -> None:
         self.model, self.caches, self.ids = model, caches, ids
         self.position = torch.full((1,), CONTEXT, dtype=torch.int64, device=DEVICE)
         torch._dynamo.reset()
         self.before = torch.compile(self._before, dynamic=False)
         self.after = torch.compile(self._after, dynamic=False)
         for layer in model.layers:
-            layer.compile(dynamic=False, mode=mode)
+            layer.compile(dynamic=False, options=options)
         for _ in range(3):
             self.eager()
         torch.cuda.synchronize()
@@ -188,23 +197,50 @@ def sqnr(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return 10 * torch.log10(expected.double().square().sum() / error).item()
 
 
-def run(base: Llama, batch: int, names: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+def inputs(base: Llama, batch: int) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+    """A full cache of each layer, and one token a sequence."""
     generator = torch.Generator(DEVICE).manual_seed(batch)
     shape = (batch, base.config.num_kv_heads, CONTEXT + 1, base.config.head_dim)
-    caches = [tuple(torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, generator=generator) for _ in range(2)) for _ in base.layers]
-    ids = torch.randint(base.config.vocab_size, (batch, 1), device=DEVICE, generator=generator)
+    caches = [(random_like(shape, generator), random_like(shape, generator)) for _ in base.layers]
+    return caches, torch.randint(base.config.vocab_size, (batch, 1), device=DEVICE, generator=generator)
+
+
+def random_like(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, generator=generator)
+
+
+def build(name: str, base: Llama, batch: int, caches: list[tuple[torch.Tensor, torch.Tensor]], ids: torch.Tensor) -> Step:
+    model = FuseProjections(include=[], exclude=[]).apply(structural_clone(base), make_context(base)).model
+    return Step(ARMS[name].build(model), ARMS[name].options(batch), caches, ids)
+
+
+def compile_beside(names: list[str], batch: int, options: argparse.Namespace) -> None:
+    """One process a peer builds it with one layer; those that are not done in time are ended."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "-", "--layers", "1", "--batch", str(batch), "--warmer", str(Path(folder, "gpu"))]
+        started = {name: subprocess.Popen([*command, "--arms", name]) for name in names if not name.startswith(("ours", "bf16"))}
+        deadline = time.monotonic() + options.warm
+        for name, process in started.items():
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            print(f"batch {batch} {name:24s} compiled beside the others: {'yes' if process.returncode == 0 else 'no'}", flush=True)
+
+
+def run(base: Llama, batch: int, names: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+    caches, ids = inputs(base, batch)
     steps: dict[str, Step] = {}
     failed: list[dict[str, Any]] = []
-    context = make_context(base)
     for name in names:
         began = time.time()
         if began - options.began > options.seconds and not name.startswith(("ours", "bf16")):
             failed.append({"arm": name, "batch": batch, "failed": "left out: the run's time was up"})
             continue
-        model = FuseProjections(include=[], exclude=[]).apply(structural_clone(base), context).model
         try:
             with limit(options.limit):
-                steps[name] = Step(ARMS[name].build(model), ARMS[name].mode(batch), caches, ids)
+                steps[name] = build(name, base, batch, caches, ids)
         except (TimeoutError, RuntimeError, ValueError, TypeError, AttributeError, ImportError, AssertionError, KeyError) as error:
             # An arm that does not run here is a row of the table, not the end of it.
             failed.append({"arm": name, "batch": batch, "failed": f"{type(error).__name__}: {str(error)[:200]}"})
@@ -238,6 +274,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--limit", type=int, default=90, help="seconds that one arm may take to build")
     parser.add_argument("--seconds", type=float, default=1e9, help="no further peer is built after this many seconds")
+    parser.add_argument("--warm", type=float, default=0.0, help="seconds in which peers compile beside one another before")
+    parser.add_argument("--warmer", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.began = time.time()
     names = options.arms.split(",")
@@ -248,6 +286,12 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():
         for batch in map(int, options.batch.split(",")):
+            if options.warmer:
+                time_alone(functools.partial(holding, options.warmer))
+                build(names[0], base.eval(), batch, *inputs(base, batch))
+                continue
+            if options.warm:
+                compile_beside(names, batch, options)
             rows += run(base.eval(), batch, names, options)
             options.out.write_text(json.dumps({**facts, "context": CONTEXT, "rows": rows}, indent=1))
             torch.cuda.empty_cache()

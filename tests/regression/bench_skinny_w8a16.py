@@ -13,7 +13,6 @@ the run.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import importlib
 import json
@@ -24,12 +23,14 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from alone import holding, time_alone
 from torch.nn.functional import linear
 
 from kernel_pytorch.kernels import skinny_w8a16 as op
@@ -153,12 +154,8 @@ class Shared:
     def at(self, share: float) -> float:
         return self.began + share * (self.deadline - self.began)
 
-    @contextlib.contextmanager
-    def gpu(self) -> Iterator[None]:
-        """Held while something is timed; a lock of the file system's, which a process that is ended gives back."""
-        with open(os.path.join(self.folder, "gpu"), "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+    def gpu(self) -> AbstractContextManager[None]:
+        return holding(os.path.join(self.folder, "gpu"))
 
     def drop(self, shape: tuple[int, int], m: int, arm: str, why: object) -> None:
         reason = f"{type(why).__name__} {str(why)[:200]}" if isinstance(why, Exception) else str(why)
@@ -168,34 +165,11 @@ class Shared:
         print(f"[{time.time() - self.began:4.0f}] {text}", flush=True)
 
 
-def time_alone(shared: Shared, only_compile: bool) -> None:
-    """The compilers' own timings hold the GPU. only_compile: Triton's autotuner runs each configuration once and times none."""
-    from torch._inductor.runtime.benchmarking import benchmarker
-    from triton.runtime.autotuner import Autotuner
-    from triton.testing import do_bench
-
-    def alone(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def locked(*args: Any, **kwargs: Any) -> Any:
-            with shared.gpu():
-                return function(*args, **kwargs)
-
-        return locked
-
-    def once(call: Callable[[], Any], quantiles: Sequence[float]) -> list[float]:
-        call()
-        return [0.0] * len(quantiles)
-
-    short = alone(functools.partial(do_bench, warmup=5, rep=20))
-    Autotuner.do_bench = property(lambda _: once if only_compile else short)
-    benchmarker.benchmark_gpu = alone(benchmarker.benchmark_gpu)
-
-
 def start(shared: Shared, only_compile: bool) -> None:
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 32
-    time_alone(shared, only_compile)
+    time_alone(shared.gpu, only_compile)
 
 
 def warm(shape: tuple[int, int], wanted: list[tuple[str, tuple[int, ...]]], shared: Shared) -> None:
