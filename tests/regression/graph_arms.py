@@ -73,7 +73,8 @@ class Captured:
         self.fresh = fresh
         self.call, self.device, self.workload, self.num_warmups = call, device, workload, num_warmups
         self.pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream()
+        # Not on the stream that records: a cuBLAS workspace from there would lie outside the pool, and reduce-overhead gives those back.
+        self.warm_up, self.stream = torch.cuda.Stream(), torch.cuda.Stream()
         self.graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[tuple[int, torch.Tensor]], Any]] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -90,8 +91,8 @@ class Captured:
     def capture(self, args: Args) -> tuple[torch.cuda.CUDAGraph, list[tuple[int, torch.Tensor]], Any]:
         fixed = self.workload.in_place
         static = [arg if index in fixed else arg.to(self.device, copy=True) for index, arg in enumerate(args)]
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
+        self.warm_up.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.warm_up):
             for _ in range(self.num_warmups):
                 self.call(*static)
         torch.cuda.synchronize()
@@ -382,7 +383,13 @@ class Bench:
                 wanted = [leaf.clone() for leaf in tree_leaves(self.expected(arm, index))]
                 if arm is self.arms[0]:
                     spread.append(wanted[0].float())
-                actual = tree_leaves(arm.call(*arm.ring[index]))
+                try:
+                    actual = tree_leaves(arm.call(*arm.ring[index]))
+                    self.wait()
+                except RuntimeError as failure:
+                    # A fault of the device ends the process: say whose it was.
+                    where = f"{arm.name}, call {index} on {'moved' if moved else 'fresh'} inputs"
+                    raise RuntimeError(f"{where}: {failure}") from failure
                 error = max([error, *(relative_l2(a, w) for a, w in zip(actual, wanted, strict=True))])
             for index in self.workload.mutates:
                 pairs = zip(tree_leaves(arm.ring[0][index]), tree_leaves(self.arms[0].ring[0][index]), strict=True)
@@ -493,10 +500,10 @@ class TrainingByHand(Captured):
     def __call__(self, *args: Any) -> Any:
         if self.num_plain < 4:
             self.num_plain += 1
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
+            self.warm_up.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.warm_up):
                 loss = self.call(*args)
-            torch.cuda.current_stream().wait_stream(self.stream)
+            torch.cuda.current_stream().wait_stream(self.warm_up)
             return loss
         return super().__call__(*args)
 
