@@ -123,6 +123,13 @@ class ActivationConfig:
     symmetric: Annotated[bool, Field(description="false gives int8 a zero point beside each scale: one-sided values use all 256 codes")] = (
         True
     )
+    fast_accumulation: Annotated[
+        bool,
+        Field(
+            description="float8_e4m3fn on Ada and Hopper: sums stay in the matrix unit, less exact than float32; the product's relative L2"
+            " error grows from 1.7e-3 to 2.1e-3 over 4,096 inputs and to 3.3e-3 over 14,336"
+        ),
+    ] = False
 
 
 @dataclass
@@ -160,6 +167,11 @@ class PrecisionConfig(GroupConfig):
         if not self.activation.symmetric and self.activation.format != "int8":
             raise ValueError(
                 f"activation.symmetric=false with activation.format={self.activation.format or 'null'}: only int8 has a zero point"
+            )
+        if self.activation.fast_accumulation and self.activation.format != "float8_e4m3fn":
+            raise ValueError(
+                f"activation.fast_accumulation=true with activation.format={self.activation.format or 'null'}: only the matmul of two"
+                " float8_e4m3fn matrices has it; use precision=fp8_dynamic, or leave it out"
             )
         if self.activation.mode is ActivationMode.static and self.activation.granularity is not ActivationGranularity.tensor:
             raise ValueError("activation.mode=static with activation.granularity=token: a token's scale is known in its call; use tensor")

@@ -115,6 +115,16 @@ def matrix_rows(arch: str | None) -> int | None:
     return None if row is None else row.rows
 
 
+# NVIDIA architectures whose FP8 matmul can add up in less than float32: cuBLAS documentation, CUBLASLT_MATMUL_DESC_FAST_ACCUM ("has an
+# effect on the following GPUs: Ada, Hopper"); PyTorch RowwiseScaledMM.cu, whose kernels for sm_100 and sm_120 do not read it either.
+FAST_ACCUMULATION = (89, 90)
+
+
+def adds_fast(arch: str | None) -> bool:
+    """Whether fast accumulation is anything on a GPU; False when the architecture is unknown."""
+    return sm_number(arch) in FAST_ACCUMULATION
+
+
 @dataclass(frozen=True)
 class CpuFeature:
     """flags: any one of them gives the CPU an instruction for the feature. source: who says so."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from kernel_pytorch.backends.base import Backend, Facts
-from kernel_pytorch.backends.capabilities import cpu_has, has, matmul_formats, matmul_needs
+from kernel_pytorch.backends.capabilities import FAST_ACCUMULATION, adds_fast, cpu_has, has, matmul_formats, matmul_needs
 from kernel_pytorch.optimizer import Level, Support
 from kernel_pytorch.schema import ActivationConfig, ActivationGranularity, ActivationMode
 
@@ -21,6 +21,13 @@ _WEIGHT_ONLY = {"int8": "int8_weight_only", "float8": "fp8_weight_only", "nvfp4"
 
 def linear_support(formats: Sequence[str], activation: ActivationConfig, dtype: torch.dtype | None, backend: Backend) -> Support:
     """formats: number formats that weights may be stored in, the scheme's own first. dtype: computed in; None is the model's."""
+    answer = _scheme(formats, activation, dtype, backend)
+    if not activation.fast_accumulation:
+        return answer
+    return Support(answer.level, "; ".join(filter(None, (answer.reason, _unread_fast_accumulation(answer.level, backend.facts)))))
+
+
+def _scheme(formats: Sequence[str], activation: ActivationConfig, dtype: torch.dtype | None, backend: Backend) -> Support:
     if backend.vendor == "cpu":
         return _on_cpu(formats, activation, backend.facts)
     facts = backend.facts
@@ -74,6 +81,16 @@ def _multiplied(format: str, facts: Facts) -> Support:
     if not where:
         return Support(Level.emulated, f"torch multiplies no two {format} matrices on any GPU: plain-torch reference")
     return Support(Level.emulated, f"{format} matmul needs {where}, this is {_shown(facts)}; {_instead(format, known)}")
+
+
+def _unread_fast_accumulation(level: Level, facts: Facts) -> str:
+    unread = "precision.activation.fast_accumulation is not read"
+    if level is not Level.native:
+        return f"{unread}: no FP8 matmul runs here"
+    if not adds_fast(facts.arch):
+        known = ", ".join(f"sm_{number}" for number in FAST_ACCUMULATION)
+        return f"{unread}: only Ada and Hopper GPUs ({known}) have it, this is {_shown(facts)}"
+    return f"{unread} by calls of few rows, whose kernel adds in float32"
 
 
 def _instead(format: str, known: Sequence[str]) -> str:

@@ -85,6 +85,7 @@ SCHEMES = [
     ("precision=int8_dynamic",),
     ("precision=fp8_weight_only",),
     ("precision=fp8_dynamic",),
+    ("precision=fp8_dynamic", "precision.activation.fast_accumulation=true"),
     ("precision=bf16",),
     ("fusion=qkv",),
     ("fusion=qkv", "precision=int8_dynamic"),
@@ -122,6 +123,15 @@ def test_what_comes_back_is_what_was_saved_bit_for_bit(tmp_path, overrides):
         model.state_dict()[name].data_ptr() == address and torch.equal(model.state_dict()[name], value)
         for name, (address, value) in before.items()
     )
+
+
+def test_layers_from_a_file_keep_fast_accumulation(tmp_path):
+    done, _ = optimized("precision=fp8_dynamic", "precision.activation.fast_accumulation=true")
+    done.save(tmp_path / "s")
+    for result in (done, kp.load(tmp_path / "s", fresh())):
+        layers = [module for module in result.model.modules() if isinstance(module, QuantizedLinear)]
+        assert layers
+        assert all(layer.activation.fast_accumulation for layer in layers)
 
 
 def test_nothing_is_quantized_or_calibrated_again(tmp_path, monkeypatch):

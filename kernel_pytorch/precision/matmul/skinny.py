@@ -94,7 +94,14 @@ class SkinnyQuantized(Skinny):
         weight = layer.weight.view(codes.dtype)
         columns = skinny_w8a16.permute_columns(as_bytes(codes)).contiguous()
         if codes.dtype != torch.int8:
-            y = scaled_product(columns.view(codes.dtype), scale, weight, layer.weight_scale, layer.out_features)
+            y = scaled_product(
+                columns.view(codes.dtype),
+                scale,
+                weight,
+                layer.weight_scale,
+                layer.out_features,
+                fast_accumulation=layer.activation.fast_accumulation,
+            )
             return (y if layer.bias is None else y + layer.bias.to(y.dtype)).to(rows.dtype)
         y = int8_product(columns, weight, layer.out_features)
         if offset is not None:

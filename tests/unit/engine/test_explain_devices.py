@@ -129,3 +129,20 @@ def test_graphs_are_for_every_gpu_that_torch_calls_cuda(device: str, says: str) 
     composed = compose(["recipe=h100_fp8", "backend.hardware=any"])
     steps, _ = explain_plan(composed.config, composed.choices, composed.ignored, device)
     assert next(step.reason for step in steps if step.group == "graph") == says
+
+
+UNREAD = "precision.activation.fast_accumulation is not read: "
+
+
+@pytest.mark.parametrize(
+    ("device", "says"),
+    [
+        ("h100", f"{UNREAD[:-2]} by calls of few rows, whose kernel adds in float32"),
+        ("b200", f"{UNREAD}only Ada and Hopper GPUs (sm_89, sm_90) have it, this is b200 (sm_100)"),
+        ("cpu", f"{UNREAD}no FP8 matmul runs here"),
+    ],
+)
+def test_the_plan_says_what_reads_fast_accumulation(device: str, says: str) -> None:
+    composed = compose(["recipe=h100_fp8", "precision.activation.fast_accumulation=true", "backend.hardware=any"])
+    steps, _ = explain_plan(composed.config, composed.choices, composed.ignored, device)
+    assert next(step.reason for step in steps if step.group == "precision").endswith(says)

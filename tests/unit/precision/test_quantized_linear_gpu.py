@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from kernel_pytorch.precision import float8
+from kernel_pytorch.precision.matmul.scaled_mm import scaled_product
 from kernel_pytorch.precision.quantized_linear import InputRange, QuantizedLinear
 from kernel_pytorch.precision.reference import FakeQuantLinear
 from kernel_pytorch.schema import ActivationConfig, ActivationGranularity, ActivationMode, WeightConfig, WeightGranularity
@@ -20,6 +22,7 @@ SCHEMES = {
     "int8_dynamic": (INT8, ActivationConfig(mode=DYNAMIC, format="int8", symmetric=False)),
     "int8_symmetric": (INT8, ActivationConfig(mode=DYNAMIC, format="int8")),
     "fp8_dynamic": (FP8, ActivationConfig(mode=DYNAMIC, format="float8_e4m3fn")),
+    "fp8_dynamic_fast": (FP8, ActivationConfig(mode=DYNAMIC, format="float8_e4m3fn", fast_accumulation=True)),
     "fp8_static": (FP8, ActivationConfig(ActivationMode.static, "float8_e4m3fn", ActivationGranularity.tensor)),
     "int8_static": (INT8, ActivationConfig(ActivationMode.static, "int8", ActivationGranularity.tensor, False)),
     "e5m2_weight_only": (WeightConfig(format="float8_e5m2"), ActivationConfig()),
@@ -67,6 +70,21 @@ def test_error_is_at_most_twice_the_references(name: str, k: int, n: int, dtype:
             assert relative_error(actual, exact) <= allowed, (rows, relative_error(actual, exact), allowed)
 
 
+def test_fast_accumulation_costs_what_was_measured() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the error of fast accumulation was measured on Hopper")
+    torch.manual_seed(0)
+    x, w = torch.randn(256, 4096, device="cuda"), torch.randn(6144, 4096, device="cuda")
+    codes, scale = float8.quantize_rows(x, torch.float8_e4m3fn)
+    weight, weight_scale = float8.quantize_weight(w, torch.float8_e4m3fn, per_channel=True)
+    exact = (codes.double() * scale.double()) @ (weight.double() * weight_scale.double()[:, None]).t()
+    plain, fast = (scaled_product(codes, scale, weight, weight_scale, 6144, fast_accumulation=fast) for fast in (False, True))
+    # bf16's rounding of the output alone is 1.66e-3.
+    assert relative_error(plain, exact) <= 2e-3
+    assert relative_error(fast, exact) <= 4e-3
+    assert not torch.equal(plain, fast)
+
+
 def test_kernels_are_named() -> None:
     linear = nn.Linear(64, 64).cuda()
     schemes = {name: scheme for name, scheme in SCHEMES.items() if "static" not in name}
@@ -77,6 +95,7 @@ def test_kernels_are_named() -> None:
         "int8_dynamic": "skinny_w8a16+int8_mm",
         "int8_symmetric": "skinny_w8a16+int8_mm",
         "fp8_dynamic": "skinny_w8a16+scaled_mm",
+        "fp8_dynamic_fast": "skinny_w8a16+scaled_mm",
         "fp8_tensor": "skinny_w8a16+scaled_mm",
         "e5m2_weight_only": "dequantize",
         "nvfp4": "skinny_w4a16+dequantize",

@@ -137,6 +137,8 @@ def test_what_a_parent_set_for_an_option_that_it_did_not_choose(write, sources: 
     [
         (["precision=int8_dynamic", "precision.activation.mode=none"], "precision: activation.mode=none contradicts activation.format=int8"),
         (["precision=fp8_dynamic", "precision.weight.format=int8"], "precision: activation.format=float8_e4m3fn with weight.format=int8"),
+        (["precision=int8_dynamic", "precision.activation.fast_accumulation=true"], "precision: activation.fast_accumulation=true with activation.format=int8: only "),
+        (["precision=fp8_weight_only", "precision.activation.fast_accumulation=true"], "precision: activation.fast_accumulation=true with activation.format=null: only "),
         (["precision=nvfp4", "precision.allocation.grouped=true"], "precision: allocation.effective_bits, allocation.formats and allocation.grouped need allocation.strategy"),
         (["backend=cpu", "backend.hardware=a100"], "backend.hardware: found 'a100', a device of nvidia, with backend=cpu; allowed backend=auto or a device of cpu"),
     ],
