@@ -3,35 +3,75 @@
 python tests/regression/bench_graph_overhead.py
 
 Microseconds a call, least of many rounds: `before`, until the device would have its graph; `all`, until the caller has its outputs
-(copies of outputs on this CPU among them). Records, asserts no time."""
+(copies of outputs on this CPU among them). The recorder is CudaRecorder, which asks stand-ins that are as much Python as torch.cuda's
+own. Records, asserts no time."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from torch._utils import _get_device_index
 
+from kernel_pytorch.backends.cpu import CpuBackend
 from kernel_pytorch.choices import GraphDeploymentStrategy
+from kernel_pytorch.engine.apply import Built, enter_contexts
 from kernel_pytorch.graph.capture import graph_calls
 from kernel_pytorch.graph.manager import CUDAGraphManager
-from kernel_pytorch.graph.recorder import Recorder, Recording
+from kernel_pytorch.graph.recorder import CudaRecorder, Recording
 from kernel_pytorch.graph.strategy import terms
 from kernel_pytorch.graph.timing import Comparison
+from kernel_pytorch.schema import OnMismatch
 
 _ROUNDS, _CALLS = 40, 100
 
 
-class NoDevice(Recorder):
+class Base:
+    def __init__(self, stream_id: int, device_index: int, device_type: int, priority: int = 0) -> None:
+        self.key = (stream_id, device_index, device_type)
+
+
+class Stream(Base):
+    """Made and compared in Python, as torch.cuda.Stream is."""
+
+    def __new__(cls, device: Any = None, priority: int = 0, **kwargs: Any) -> Stream:
+        if device is None or ("stream_id" in kwargs and "device_index" in kwargs):
+            return super().__new__(cls)
+        raise AssertionError("a stream of a device")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stream) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+def current_stream(device: Any = None) -> Stream:
+    torch.cuda.is_initialized()
+    index = _get_device_index(device, optional=True, allow_cpu=True)
+    data = {-1: (0, 0, 1)}[index]
+    return Stream(stream_id=data[0], device_index=data[1], device_type=data[2])
+
+
+def stand_in() -> None:
+    torch.cuda.is_current_stream_capturing = lambda: bool()  # noqa: UP018 as much Python as torch's
+    torch.cuda.current_stream = current_stream  # pyright: ignore[reportAttributeAccessIssue]
+    # As much as C functions cost.
+    torch._C._cuda_isCurrentStreamCapturing = bool  # pyright: ignore[reportAttributeAccessIssue]
+    torch._C._cuda_getCurrentStream = {0: (0, 0, 1)}.__getitem__  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class NoDevice(CudaRecorder):
     """Records outputs; its replay notes the time."""
 
     def __init__(self) -> None:
-        super().__init__(torch.device("cpu"))
+        super().__init__(torch.device("cpu", 0))
         self.launched = 0.0
 
-    def busy(self) -> bool:
+    def is_foreign(self, device: torch.device) -> bool:
         return False
 
     def warm_up(self, call: Callable[[], Any], num_calls: int) -> None:
@@ -46,17 +86,19 @@ class NoDevice(Recorder):
     def compare(self, plain: Callable[[], Any], replay: Callable[[], Any], undo: Callable[[], None], margin: float = 1.0) -> Comparison:
         return Comparison(2.0, 1.0, 1)
 
+    def milliseconds(self, call: Callable[[], Any], num_calls: int = 1) -> float:
+        return 0.0
+
+    def free_bytes(self) -> int | None:
+        return None
+
     def rng_state(self) -> torch.Tensor:
         return torch.get_rng_state()
 
     def set_rng_state(self, state: torch.Tensor) -> None:
         torch.set_rng_state(state)
 
-    def hold(self, tensors: Any) -> None: ...
-
-    def enter_replay(self) -> None: ...
-
-    def leave_replay(self) -> None: ...
+    def hold(self, tensors: Iterable[torch.Tensor]) -> None: ...
 
 
 class Layer(nn.Module):
@@ -83,25 +125,33 @@ class Layers(nn.Module):
         return x
 
 
-def measure(name: str, model: nn.Module, args: tuple[Any, ...]) -> None:
+def measure(
+    name: str, model: nn.Module, args: tuple[Any, ...], *, moving: tuple[int, ...] = (), inside: bool = True, engine: bool = True
+) -> None:
+    """moving: arguments that are new tensors in every call. engine: the call goes through what the engine puts around it. inside: the
+    caller is in inference mode."""
     recorder = NoDevice()
     graphed = graph_calls(model.eval(), CUDAGraphManager(recorder, terms(GraphDeploymentStrategy.aggressive), num_warmup_calls=1))
-    with torch.inference_mode():
+    if engine:
+        enter_contexts(Built(model, [CpuBackend(hardware="any", on_mismatch=OnMismatch.emulate).inference]))
+    with torch.inference_mode(inside), torch.no_grad():
         for _ in range(20):
-            model(*args)
-        assert graphed.manager.statistics["replays"] >= 19
+            model(*(arg.clone() if i in moving else arg for i, arg in enumerate(args)))
+        assert graphed.manager.statistics["replays"] >= 18
         rounds: list[tuple[float, float]] = []
         for _ in range(_ROUNDS):
+            calls = [tuple(arg.clone() if i in moving else arg for i, arg in enumerate(args)) for _ in range(_CALLS)]
             before = whole = 0.0
-            for _ in range(_CALLS):
+            for call in calls:
                 start = time.perf_counter()
-                model(*args)
+                model(*call)
                 whole += time.perf_counter() - start
                 before += recorder.launched - start
             rounds.append((before / _CALLS * 1e6, whole / _CALLS * 1e6))
+        assert graphed.manager.statistics["straight_calls"] <= 2
     least = [min(column) for column in zip(*rounds, strict=True)]
     num_modules, num_parameters = len(list(model.modules())), len(list(model.parameters()))
-    print(f"{name:34s} {num_modules:4d} modules {num_parameters:4d} parameters: before {least[0]:6.1f} us, all {least[1]:6.1f} us")
+    print(f"{name:44s} {num_modules:4d} modules {num_parameters:4d} parameters: before {least[0]:6.1f} us, all {least[1]:6.1f} us")
 
 
 def measure_refused(name: str, model: nn.Module, args: tuple[Any, ...]) -> None:
@@ -119,19 +169,25 @@ def measure_refused(name: str, model: nn.Module, args: tuple[Any, ...]) -> None:
                 marks.append(time.perf_counter())
             rounds.append((marks[1] - marks[0], marks[2] - marks[1]))
     least = [min(column) / _CALLS * 1e6 for column in zip(*rounds, strict=True)]
-    print(f"{name:34s} plain {least[0]:.1f} us, through the GraphedCall {least[1]:.1f} us")
+    print(f"{name:44s} plain {least[0]:.1f} us, through the GraphedCall {least[1]:.1f} us")
 
 
 def main() -> None:
     torch.set_num_threads(1)
+    stand_in()
     ids = torch.zeros(1, 128, dtype=torch.int64)
     cache = tuple((torch.zeros(1, 2, 8, 4), torch.zeros(1, 2, 8, 4)) for _ in range(32))
+    decode = (torch.ones(1, 2, 1, 4), cache, torch.tensor([1]))
+    measure("one tensor, without the engine", Layers(0), (ids,), engine=False)
     measure("one tensor", Layers(0), (ids,))
+    measure("one tensor, not in inference mode before", Layers(0), (ids,), inside=False)
+    measure("one tensor, new in every call", Layers(0), (ids,), moving=(0,))
     measure("BERT's modules, three tensors", Layers(12), (ids, ids.clone(), ids.clone()))
-    measure("a cache of 64 tensors, read", Layers(0), (torch.ones(1, 2, 1, 4), cache, torch.tensor([1])))
-    measure("the same, written, 8 layers", Layers(8, write=True), (torch.ones(1, 2, 1, 4), cache, torch.tensor([1])))
+    measure("a cache of 64 tensors, read", Layers(0), decode)
+    measure("the same, written, 8 layers", Layers(8, write=True), decode)
+    measure("the same, new ids and positions", Layers(8, write=True), decode, moving=(0, 2))
     measure_refused("one tensor, refused", Layers(0), (ids,))
-    measure_refused("a cache of 64 tensors, refused", Layers(0), (torch.ones(1, 2, 1, 4), cache, torch.tensor([1])))
+    measure_refused("a cache of 64 tensors, refused", Layers(0), decode)
 
 
 if __name__ == "__main__":
