@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from gc import get_referents
 from operator import getitem, is_, itemgetter
 from typing import Any
 
@@ -213,11 +214,12 @@ class ModuleGuard:
         """Takes the model as it is now for what it is to be."""
         modules = list(self._model.modules())
         self._dicts = [vars(module) for module in modules]
+        self._containers = [module._modules for module in modules]
+        self._children = get_referents(*self._containers)
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._hooks += [_every_module._global_forward_hooks, _every_module._global_forward_pre_hooks]
         self._training = [m.training for m in modules]
         self.slots = [slot for module in modules for slot in _slots(module)]
-        self._modules = _Slots([slot for slot in self.slots if isinstance(slot[2], nn.Module)])
         self._others = _Slots([slot for slot in self.slots if not isinstance(slot[2], nn.Module)])
         self._tensors = [v for v in self._others.values if isinstance(v, torch.Tensor) and _has_storage(v)]
         self._addresses, self._all = pointers(self._tensors), list(range(len(self._tensors)))
@@ -234,8 +236,10 @@ class ModuleGuard:
 
     def other_code(self) -> str | None:
         """What changed of that which decides what the model runs, and so where it writes."""
-        if not self._modules.hold():
-            return "a submodule was replaced"
+        # What dicts hold, in order, in one call of C. By identity: a module may say that it equals another.
+        children = get_referents(*self._containers)
+        if len(children) != len(self._children) or not all(map(is_, children, self._children)):
+            return "a submodule was replaced, added or removed"
         if list(map(_TRAINING, self._dicts)) != self._training:
             return "a module went from training to eval or back"
         return None
