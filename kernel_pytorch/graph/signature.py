@@ -7,7 +7,6 @@ values in tuples, lists and dicts, which is what nearly all calls are made of.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -59,18 +58,18 @@ def _flatten(value: Any, skeleton: list[Any], tensors: list[torch.Tensor]) -> bo
         skeleton.extend(value_key(value))
         return True
     if kind is tuple or kind is list:
-        # A cache is a tuple of tuples of tensors: no Python code for each.
-        inside = set(map(type, value))
-        if inside <= _TENSORS:
-            skeleton.append((kind, len(value)))
-            tensors.extend(value)
-            return True
-        if inside <= _SEQUENCES:
-            leaves = list(chain.from_iterable(value))
-            if _TENSORS.issuperset(map(type, leaves)):
-                skeleton.append((kind, tuple(map(type, value)), tuple(map(len, value))))
-                tensors.extend(leaves)
+        # A cache is a tuple of tuples of tensors: no Python code for each tensor.
+        inside = type(value[0]) if value else None
+        if inside in _SEQUENCES:
+            leaves, width = _leaves(value, inside)
+            if leaves is not None:
+                skeleton.append((kind, len(value), inside, width))
+                tensors += leaves
                 return True
+        elif _TENSORS.issuperset(map(type, value)):
+            skeleton.append((kind, len(value)))
+            tensors += value
+            return True
         skeleton.append((kind, len(value), None))
         return all(_flatten(item, skeleton, tensors) for item in value)
     if kind is dict:
@@ -79,6 +78,17 @@ def _flatten(value: Any, skeleton: list[Any], tensors: list[torch.Tensor]) -> bo
         skeleton.append((kind, tuple(part for key in value for part in value_key(key))))
         return all(_flatten(item, skeleton, tensors) for item in value.values())
     return False
+
+
+def _leaves(rows: Sequence[Any], kind: Any) -> tuple[list[torch.Tensor] | None, int]:
+    """The tensors of sequences of one kind and length, and that length; None where they are not, or hold something else."""
+    leaves: list[Any] = []
+    width = len(rows[0])
+    for row in rows:
+        if type(row) is not kind or len(row) != width:
+            return None, width
+        leaves += row
+    return (leaves if _TENSORS.issuperset(map(type, leaves)) else None), width
 
 
 class Signature:
