@@ -57,15 +57,16 @@ def current_stream(device: Any = None) -> Stream:
 
 
 def stand_in() -> None:
-    torch.cuda.is_current_stream_capturing = lambda: bool()  # noqa: UP018 as much Python as torch's
     torch.cuda.current_stream = current_stream  # pyright: ignore[reportAttributeAccessIssue]
-    # As much as C functions cost.
-    torch._C._cuda_isCurrentStreamCapturing = bool  # pyright: ignore[reportAttributeAccessIssue]
+    # As much as a C function costs.
     torch._C._cuda_getCurrentStream = {0: (0, 0, 1)}.__getitem__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class NoDevice(CudaRecorder):
     """Records outputs; its replay notes the time."""
+
+    # As much as a C function costs.
+    busy = staticmethod(bool)  # pyright: ignore[reportAssignmentType]
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu", 0))

@@ -85,8 +85,9 @@ class Cuda:
         return [entry for entry in self.log if entry[0] == name]
 
 
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuda]:
+@pytest.fixture(params=["as numbers", "as objects"])
+def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuda]:
+    """Versions of torch that name the current stream by numbers, and those that would not."""
     fake, pools = Cuda(), itertools.count(1)
     monkeypatch.setattr(module, "_POOLS", {})
     module._warm_up_stream.cache_clear()
@@ -105,6 +106,10 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuda]:
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: fake.log.append(("cleared",)), raising=False)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *args: fake.log.append(("ended", *args)), raising=False)
+    if request.param == "as numbers":
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentStream", lambda index: (fake.current.number, index, 1), raising=False)
+    else:
+        monkeypatch.delattr(torch._C, "_cuda_getCurrentStream", raising=False)
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *args, **_: zeros(*args))
     yield fake
