@@ -44,6 +44,8 @@ class Graph:
         self._host = host
         self.places = call.places()
         self.pointers = pointers(call.tensors)
+        # Of those, the one that was elsewhere when last looked at: what moves moves again.
+        self._moves: int | None = None
         self.fixed = [i for i in range(len(call.tensors)) if i not in buffers and i not in by_value]
         self.by_value = {i: call.tensors[i].clone() for i in by_value}
         self._copies = [i for i in buffers if host is None or i not in host.buffers]
@@ -54,6 +56,7 @@ class Graph:
         own = {tensor.untyped_storage()._cdata for tensor in (*static, *call.tensors)}
         self._keep = (call.objects, [storage for key, storage in watch.found.items() if key not in own])
         leaves, self._spec = tree_flatten(recording.output)
+        self._is_leaf = self._spec.is_leaf()
         self._sources = [self._source(leaf, call, static, arguments, watch) for leaf in leaves]
         # Arguments that come back are not held.
         self._leaves: list[Any] = [leaf if type(source) is str else None for leaf, source in zip(leaves, self._sources, strict=True)]
@@ -90,9 +93,14 @@ class Graph:
 
     def fits(self, tensors: list[torch.Tensor], places: tuple[Any, ...]) -> bool:
         """Whether this graph computes the call: its kind is known to fit."""
-        if not at_addresses(tensors, self.pointers, self.fixed):
+        if self._moves is not None and tensors[self._moves].data_ptr() != self.pointers[self._moves]:
             return False
-        return places == self.places and all(same_bits(tensors[i], value) for i, value in self.by_value.items())
+        if self.fixed and not at_addresses(tensors, self.pointers, self.fixed):
+            self._moves = next(i for i in self.fixed if tensors[i].data_ptr() != self.pointers[i])
+            return False
+        if places != self.places:
+            return False
+        return not self.by_value or all(same_bits(tensors[i], value) for i, value in self.by_value.items())
 
     def fill(self, tensors: list[torch.Tensor]) -> None:
         """Copies in what does not stay where it is."""
@@ -103,13 +111,16 @@ class Graph:
         if self._host is not None:
             self._host.send(tensors)
 
-    def run(self, tensors: list[torch.Tensor]) -> Any:
-        if self.buffers:
-            self.fill(tensors)
+    def launch(self, tensors: list[torch.Tensor]) -> Any:
+        """Replays, once it is filled, and copies out."""
         self.recording.replay()
         self.num_replays += 1
         outputs = [self._output(leaf, source, tensors) for leaf, source in zip(self._leaves, self._sources, strict=True)]
-        return outputs[0] if self._spec.is_leaf() else tree_unflatten(outputs, self._spec)
+        return outputs[0] if self._is_leaf else tree_unflatten(outputs, self._spec)
+
+    def run(self, tensors: list[torch.Tensor]) -> Any:
+        self.fill(tensors)
+        return self.launch(tensors)
 
     def _output(self, leaf: Any, source: Any, tensors: list[torch.Tensor]) -> Any:
         if source == "clone":

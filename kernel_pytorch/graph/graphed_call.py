@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 
 from kernel_pytorch.cache import LRUCache
 from kernel_pytorch.graph.captured import Graph
@@ -65,7 +66,7 @@ class GraphedCall:
     ) -> None:
         self.model, self.plain, self.name = model, plain, name
         self._writes, self._compiling = writes, compiling
-        self.manager, self._recorder = manager, manager.recorder
+        self.manager, self._recorder, self._busy = manager, manager.recorder, manager.recorder.busy
         self.around_plain: Callable[..., Any] = plain
         self._on_cannot = on_cannot
         self._worlds: LRUCache[int, _World] = LRUCache(_MAX_WORLDS, on_evict=lambda _, world: self._forget(world))
@@ -82,7 +83,7 @@ class GraphedCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         manager = self.manager
-        if torch.compiler.is_compiling() or (self.name and manager.pieces_off) or self._recorder.busy():
+        if is_compiling() or (self.name and manager.pieces_off) or self._busy():
             return self.plain(*args, **kwargs)
         if self._resting:
             self._resting -= 1
@@ -99,7 +100,7 @@ class GraphedCall:
     def replay(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
         """The call by a graph that is there for it and by nothing else, for a caller with looks of its own at the model: whether it
         was made, while the model was what it had been, and what it returned."""
-        if self._resting or self._recorder.busy() or not self.manager.lock.acquire(blocking=False):
+        if self._resting or self._busy() or not self.manager.lock.acquire(blocking=False):
             return False, None
         try:
             kind, tensors = self._known(args, kwargs)
@@ -158,11 +159,13 @@ class GraphedCall:
         code_first = self._suspicious or not graph.pure
         tensors_first = self._suspicious or not (graph.pure or graph.repeatable)
         self._suspicious = True
+        # The device copies inputs in while the model is looked at.
+        self.manager.load(graph, tensors)
         if code_first and guard.other_code() is not None:
             return False, None
         if tensors_first and (guard.other_tensors() is not None or guard.has_hooks()):
             return False, None
-        result = self.manager.replay(kind, graph, tensors)
+        result = self.manager.launch(kind, graph, tensors)
         if not code_first and guard.other_code() is not None:
             return False, None
         if not tensors_first and (guard.other_tensors() is not None or guard.has_hooks()):

@@ -43,12 +43,22 @@ class CUDAGraphManager:
         self._wasted = 0
 
     def replay(self, kind: Kind, graph: Graph, tensors: list[torch.Tensor]) -> Any:
+        self.load(graph, tensors)
+        return self.launch(kind, graph, tensors)
+
+    def load(self, graph: Graph, tensors: list[torch.Tensor]) -> None:
+        """The start of a replay, which does no harm if the launch does not follow: copies into memory of the graph's own."""
+        self.recorder.enter_replay()
+        if graph.buffers:
+            graph.fill(tensors)
+
+    def launch(self, kind: Kind, graph: Graph, tensors: list[torch.Tensor]) -> Any:
+        result = graph.launch(tensors)
+        self.recorder.leave_replay()
+        # From here on the device works.
         if graph.number != self._newest:
             self._graphs.get(graph.number)
             self._newest = graph.number
-        self.recorder.enter_replay()
-        result = graph.run(tensors)
-        self.recorder.leave_replay()
         self.statistics["replays"] += 1
         self.statistics["copied_bytes"] += graph.copied_bytes
         kind.row["num_replays"] += 1
