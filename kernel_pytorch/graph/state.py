@@ -213,12 +213,13 @@ class ModuleGuard:
     def look_again(self) -> None:
         """Takes the model as it is now for what it is to be."""
         modules = list(self._model.modules())
-        self._dicts = [vars(module) for module in modules]
-        self._containers = [module._modules for module in modules]
-        self._children = get_referents(*self._containers)
+        self._scripted = [module for module in modules if not _in_python(module)]
+        in_python = [module for module in modules if _in_python(module)]
+        self._dicts, self._containers = [vars(module) for module in in_python], [module._modules for module in in_python]
+        self._training, self._children = list(map(_TRAINING, self._dicts)), get_referents(*self._containers)
+        self._script_state = list(map(_script_state, self._scripted))
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._hooks += [_every_module._global_forward_hooks, _every_module._global_forward_pre_hooks]
-        self._training = [m.training for m in modules]
         self.slots = [slot for module in modules for slot in _slots(module)]
         self._others = _Slots([slot for slot in self.slots if not isinstance(slot[2], nn.Module)])
         self._tensors = [v for v in self._others.values if isinstance(v, torch.Tensor) and _has_storage(v)]
@@ -242,6 +243,8 @@ class ModuleGuard:
             return "a submodule was replaced, added or removed"
         if list(map(_TRAINING, self._dicts)) != self._training:
             return "a module went from training to eval or back"
+        if self._scripted and list(map(_script_state, self._scripted)) != self._script_state:
+            return "a scripted module went from training to eval or back, or its submodules are others"
         return None
 
     def other_tensors(self) -> str | None:
@@ -253,6 +256,15 @@ class ModuleGuard:
         if self._by_value and not all(same_bits(tensor, known) for tensor, known in self._by_value):
             return "a tensor that the model holds on the host has another value"
         return None
+
+
+def _in_python(module: nn.Module) -> bool:
+    """Whether a module's submodules and its mode are in dicts; those of a scripted one are in C++."""
+    return isinstance(module._modules, dict) and "training" in vars(module)
+
+
+def _script_state(module: nn.Module) -> tuple[bool, list[int]]:
+    return (module.training, list(map(id, module._modules.values())))
 
 
 class _Slots:

@@ -186,6 +186,18 @@ def test_a_pure_call_sees_a_module_that_passes_for_the_one_it_replaced(record: A
     assert [model(x).item() for _ in range(3)] == [2.0] * 3
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_submodule_is_looked_at_too(record: Any) -> None:
+    """It keeps its mode in C++."""
+    model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Dropout(1.0))), nn.ReLU()).eval()
+    graphed = record(model)
+    x = torch.ones(2)
+    assert [model(x).tolist() for _ in range(3)] == [[1.0, 1.0]] * 3
+    model[0].train()
+    assert [model(x).tolist() for _ in range(3)] == [[0.0, 0.0]] * 3
+    assert graphed.manager.statistics["replays"] >= 2
+
+
 class Cached(nn.Module):
     def forward(self, cache: Any, x: torch.Tensor) -> torch.Tensor:
         for row in cache:
