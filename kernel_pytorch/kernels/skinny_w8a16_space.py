@@ -120,7 +120,8 @@ def _scaled_mm(stored: Stored) -> Callable[[torch.Tensor], torch.Tensor]:
     def road(x: torch.Tensor) -> torch.Tensor:
         codes, row_scale = _codes(*x.shape, x.device)
         narrow = weight[:, : x.shape[-1]].t()
-        return torch._scaled_mm(codes, narrow, row_scale, scale, out_dtype=torch.bfloat16, use_fast_accum=True)  # pyright: ignore[reportPrivateImportUsage]
+        # As the layer calls it by default: without fast accumulation.
+        return torch._scaled_mm(codes, narrow, row_scale, scale, out_dtype=torch.bfloat16)  # pyright: ignore[reportPrivateImportUsage]
 
     return road
 
