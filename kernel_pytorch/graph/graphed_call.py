@@ -144,10 +144,14 @@ class GraphedCall:
         return self._considered(args, kwargs)
 
     def _known(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Kind | None, list[torch.Tensor]]:
-        flat = flatten(args, kwargs)
-        if flat is not None:
+        now = modes()
+        # What is not what it was taken for fits nothing, and is looked at again.
+        for trusting in (True, False):
+            flat = flatten(args, kwargs, trusting=trusting)
+            if flat is None:
+                break
             form, tensors = flat
-            for kind in self._world.by_form.get((form, modes()), ()):
+            for kind in self._world.by_form.get((form, now), ()):
                 if kind.signature is not None and kind.signature.fits(tensors):
                     return kind, tensors
         return None, []
