@@ -63,8 +63,8 @@ class Arm:
     build: Build
     fuses_one_row: bool = False
 
-    def options(self, batch: int) -> dict[str, Any] | None:
-        return {"coordinate_descent_tuning": True} if self.fuses_one_row and batch == 1 else None
+    def options(self, batch: int) -> dict[str, Any]:
+        return {"coordinate_descent_tuning": True} if self.fuses_one_row and batch == 1 else {}
 
 
 def torchao(config: Any) -> Build:
@@ -137,6 +137,8 @@ ARMS: dict[str, Arm] = {
     "gemlite nvfp4": Arm(gemlite("A16W4_NVFP")),
     "gemlite mxfp4": Arm(gemlite("A16W4_MXFP")),
 }
+# An arm's name with it: the same with the Inductor options of --starred.
+STAR = " *"
 # The least SQNR of the logits against bf16 (dB) that an arm may have on these random weights before it counts as broken.
 LEAST_DB = 5.0
 
@@ -144,16 +146,14 @@ LEAST_DB = 5.0
 class Step:
     """One decode step of a model as a CUDA graph. The blocks share one compiled code."""
 
-    def __init__(
-        self, model: Llama, options: dict[str, Any] | None, caches: list[tuple[torch.Tensor, torch.Tensor]], ids: torch.Tensor
-    ) -> None:
+    def __init__(self, model: Llama, options: dict[str, Any], caches: list[tuple[torch.Tensor, torch.Tensor]], ids: torch.Tensor) -> None:
         self.model, self.caches, self.ids = model, caches, ids
         self.position = torch.full((1,), CONTEXT, dtype=torch.int64, device=DEVICE)
         torch._dynamo.reset()
         self.before = torch.compile(self._before, dynamic=False)
         self.after = torch.compile(self._after, dynamic=False)
         for layer in model.layers:
-            layer.compile(dynamic=False, options=options)
+            layer.compile(dynamic=False, options=options or None)
         for _ in range(3):
             self.eager()
         torch.cuda.synchronize()
@@ -209,9 +209,12 @@ def random_like(shape: tuple[int, ...], generator: torch.Generator) -> torch.Ten
     return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, generator=generator)
 
 
-def build(name: str, base: Llama, batch: int, caches: list[tuple[torch.Tensor, torch.Tensor]], ids: torch.Tensor) -> Step:
+def build(
+    name: str, base: Llama, batch: int, caches: list[tuple[torch.Tensor, torch.Tensor]], ids: torch.Tensor, starred: dict[str, Any]
+) -> Step:
+    arm = ARMS[name.removesuffix(STAR)]
     model = FuseProjections(include=[], exclude=[]).apply(structural_clone(base), make_context(base)).model
-    return Step(ARMS[name].build(model), ARMS[name].options(batch), caches, ids)
+    return Step(arm.build(model), arm.options(batch) | (starred if name.endswith(STAR) else {}), caches, ids)
 
 
 def compile_beside(names: list[str], batch: int, options: argparse.Namespace) -> None:
@@ -240,7 +243,7 @@ def run(base: Llama, batch: int, names: list[str], options: argparse.Namespace) 
             continue
         try:
             with limit(options.limit):
-                steps[name] = build(name, base, batch, caches, ids)
+                steps[name] = build(name, base, batch, caches, ids, options.starred)
         except (TimeoutError, RuntimeError, ValueError, TypeError, AttributeError, ImportError, AssertionError, KeyError) as error:
             # An arm that does not run here is a row of the table, not the end of it.
             failed.append({"arm": name, "batch": batch, "failed": f"{type(error).__name__}: {str(error)[:200]}"})
@@ -274,6 +277,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--limit", type=int, default=90, help="seconds that one arm may take to build")
     parser.add_argument("--seconds", type=float, default=1e9, help="no further peer is built after this many seconds")
+    parser.add_argument("--starred", type=json.loads, default={}, help="Inductor options as JSON, of arms whose name ends with ' *'")
     parser.add_argument("--warm", type=float, default=0.0, help="seconds in which peers compile beside one another before")
     parser.add_argument("--warmer", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -288,7 +292,7 @@ def main() -> None:
         for batch in map(int, options.batch.split(",")):
             if options.warmer:
                 time_alone(functools.partial(holding, options.warmer))
-                build(names[0], base.eval(), batch, *inputs(base, batch))
+                build(names[0], base.eval(), batch, *inputs(base, batch), options.starred)
                 continue
             if options.warm:
                 compile_beside(names, batch, options)
