@@ -16,6 +16,7 @@ from kernel_pytorch.graph.manager import CUDAGraphManager
 from kernel_pytorch.graph.pieces import Pieces
 from kernel_pytorch.graph.recorder import CudaRecorder
 from kernel_pytorch.graph.regions import Regions
+from kernel_pytorch.graph.replayer import replayer_class
 from kernel_pytorch.graph.strategy import terms
 from kernel_pytorch.optimizer import Applied, Context, Level, Optimizer, Support
 from kernel_pytorch.schema import BucketingConfig
@@ -83,7 +84,8 @@ class CaptureWholeCall(Optimizer):
     """Wraps the model's call in a GraphedCall. The model's class and its names in state_dict stay.
 
     `Applied.details` holds live objects: `decisions` fills as calls with new arguments are captured and timed, `statistics`
-    counts, `workload` has the calls and replays of every kind of call; with dynamic dims, `dynamic` has what padding came to."""
+    counts, `workload` has the calls and replays of every kind of call; with dynamic dims, `dynamic` has what padding came to.
+    `replayer` says whether calls are checked and replayed in C++, or why in Python."""
 
     def __init__(
         self,
@@ -119,7 +121,9 @@ class CaptureWholeCall(Optimizer):
             memory_budget_bytes=self.memory_budget_bytes,
         )
         graphed = graph_calls(model, manager)
+        built, why = replayer_class()
         details: dict[str, Any] = {"decisions": manager.decisions, "statistics": manager.statistics, "workload": manager.workload}
+        details["replayer"] = f"Python: {why}" if built is None else "C++"
         if self.dynamic_dims:
             tile = matrix_rows(context.backend.facts.arch)
             details["dynamic"] = bucket_calls(model, graphed, self.dynamic_dims, self.bucketing, tile).report

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -14,6 +14,9 @@ from kernel_pytorch.graph.placement import HostArguments
 from kernel_pytorch.graph.recorder import Recording
 from kernel_pytorch.graph.signature import at_addresses, copy_all, pointers
 from kernel_pytorch.graph.state import WriteWatch, same_bits
+
+if TYPE_CHECKING:
+    from kernel_pytorch.graph.replayer import QuickReplay
 
 _numbers = itertools.count()
 _REPLAYS_OF_SEARCH = 64
@@ -55,8 +58,8 @@ class Graph:
         # graph is for their addresses, whoever is there.
         own = {tensor.untyped_storage()._cdata for tensor in (*static, *call.tensors)}
         self._keep = (call.objects, [storage for key, storage in watch.found.items() if key not in own])
-        leaves, self._spec = tree_flatten(recording.output)
-        self._is_leaf = self._spec.is_leaf()
+        leaves, self.spec = tree_flatten(recording.output)
+        self._is_leaf = self.spec.is_leaf()
         self._sources = [self._source(leaf, call, static, arguments, watch) for leaf in leaves]
         # Arguments that come back are not held.
         self._leaves: list[Any] = [leaf if type(source) is str else None for leaf, source in zip(leaves, self._sources, strict=True)]
@@ -65,6 +68,9 @@ class Graph:
         self.copied_bytes = sum(buffer.nbytes for buffer in buffers.values())
         self.num_replays = 0
         self.copies_cost = False
+        self.quick: QuickReplay | None = None
+        self.quick_tried = False
+        self.is_plain = host is None and not by_value and not self.places
 
     def _source(self, leaf: Any, call: Call, static: list[torch.Tensor], arguments: dict[int, int], watch: WriteWatch) -> Any:
         """Where an output comes from: an argument's number, a view of an argument, the `same` object every time, a `clone`."""
@@ -91,6 +97,21 @@ class Graph:
         """Whether addresses are still looked out for: callers that take turns between buffers show it soon."""
         return self.copies_cost and self.num_replays < _REPLAYS_OF_SEARCH
 
+    def close(self) -> None:
+        """Lets go of what would hold its memory until Python collects cycles."""
+        if self.quick is not None:
+            self.quick.close()
+
+    def outputs(self) -> list[tuple[Any, ...]]:
+        """Where each output comes from, as replayer.cpp reads it."""
+        rows: list[tuple[Any, ...]] = []
+        for leaf, source in zip(self._leaves, self._sources, strict=True):
+            if isinstance(source, str):
+                rows.append((source, leaf))
+            else:
+                rows.append(("argument", source) if isinstance(source, int) else ("view", *source))
+        return rows
+
     def fits(self, tensors: list[torch.Tensor], places: tuple[Any, ...]) -> bool:
         """Whether this graph computes the call: its kind is known to fit."""
         if self._moves is not None and tensors[self._moves].data_ptr() != self.pointers[self._moves]:
@@ -114,9 +135,8 @@ class Graph:
     def launch(self, tensors: list[torch.Tensor]) -> Any:
         """Replays, once it is filled, and copies out."""
         self.recording.replay()
-        self.num_replays += 1
         outputs = [self._output(leaf, source, tensors) for leaf, source in zip(self._leaves, self._sources, strict=True)]
-        return outputs[0] if self._is_leaf else tree_unflatten(outputs, self._spec)
+        return outputs[0] if self._is_leaf else tree_unflatten(outputs, self.spec)
 
     def run(self, tensors: list[torch.Tensor]) -> Any:
         self.fill(tensors)

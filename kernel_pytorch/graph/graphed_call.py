@@ -16,6 +16,7 @@ from kernel_pytorch.graph.captured import Graph
 from kernel_pytorch.graph.inputs import Call, describe
 from kernel_pytorch.graph.kinds import Kind, modes, shown
 from kernel_pytorch.graph.manager import CUDAGraphManager
+from kernel_pytorch.graph.replayer import QuickReplay, quick_replay
 from kernel_pytorch.graph.signature import Signature, flatten, pointers
 from kernel_pytorch.graph.state import ModuleGuard
 from kernel_pytorch.graph.trial import Trial
@@ -25,6 +26,8 @@ _MAX_WORLDS, _MAX_KINDS = 4, 256
 # Calls in a row that are not even described, after others like them could not be recorded.
 _MAX_SKIPPED = 1023
 _REFUSED_IN_A_ROW, _REST = 64, 15
+# Graphs that C++ tries in turn before Python looks.
+_MAX_QUICK = 8
 
 
 @dataclass
@@ -73,6 +76,8 @@ class GraphedCall:
         self._num_worlds = 0
         self._world = self._new_world()
         self._suspicious = False
+        # Graphs that C++ can replay, those that copy the least first: what most calls need to look at.
+        self._quick: list[QuickReplay] = []
         self._skipped = self._calls_to_skip = 0
         self._num_refused = self._resting = 0
         self._noted: set[str] = set()
@@ -103,6 +108,9 @@ class GraphedCall:
         if self._resting or self._busy() or not self.manager.lock.acquire(blocking=False):
             return False, None
         try:
+            done, result = self._quickly(args, kwargs)
+            if done:
+                return True, result
             kind, tensors = self._known(args, kwargs)
             graph = None if kind is None or kind.refusal is not None else kind.find(tensors, ())
             if kind is None or graph is None or graph.seeks_others:
@@ -126,6 +134,9 @@ class GraphedCall:
 
     def _answered(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
         """Whether the call was made, and what it returned. What is decided about nearly all calls is found here."""
+        done, result = self._quickly(args, kwargs)
+        if done:
+            return True, result
         kind, tensors = self._known(args, kwargs)
         if kind is not None:
             graph = kind.find(tensors, ())
@@ -140,8 +151,33 @@ class GraphedCall:
                 if done:
                     kind.row["num_calls"] += 1
                     self._num_refused = 0
+                    self._quicken(kind, graph, args, kwargs)
                     return True, result
         return self._considered(args, kwargs)
+
+    def _quickly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
+        """The call by C++, for one like those before, while the model is what it was."""
+        if not self._suspicious:
+            for quick in self._quick:
+                result = quick.run(args, kwargs)
+                if result is not NotImplemented:
+                    kind, graph = quick.kind, quick.graph
+                    assert kind is not None
+                    assert graph is not None
+                    self.manager.count(kind, graph)
+                    kind.row["num_calls"] += 1
+                    self._num_refused = 0
+                    return True, result
+        return False, None
+
+    def _quicken(self, kind: Kind, graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Has C++ replay the graph from now on, for calls like this one, where it can."""
+        if graph.seeks_others:
+            return
+        quick = quick_replay(kind, graph, self._world.guard, self._recorder, args, kwargs)
+        if quick is not None and quick not in self._quick:
+            still = [other for other in self._quick if other.graph is not None]
+            self._quick = sorted([*still, quick], key=lambda quick: quick.num_copies)[:_MAX_QUICK]
 
     def _known(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Kind | None, list[torch.Tensor]]:
         now = modes()
@@ -180,6 +216,11 @@ class GraphedCall:
 
     def _rehearse(self, kind: Kind, graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A replay with everything that a call does around it."""
+        quick = quick_replay(kind, graph, self._world.guard, self._recorder, args, kwargs)
+        result = NotImplemented if quick is None else quick.run(args, kwargs)
+        if result is not NotImplemented:
+            self.manager.count(kind, graph)
+            return result
         _, tensors = self._known(args, kwargs)
         if not tensors:
             tensors = describe(args, kwargs).tensors

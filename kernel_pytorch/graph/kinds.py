@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,22 @@ from kernel_pytorch.graph.inputs import Call
 from kernel_pytorch.graph.signature import Signature, pointers
 
 _C: Any = torch._C
+# What is read for `modes`, in every call: functions with their arguments. Those of torch._C are what torch's own call, which are a
+# tenth to a half as long.
+MODES: tuple[tuple[Callable[..., Any], tuple[Any, ...]], ...] = (
+    (torch.is_grad_enabled, ()),
+    (torch.is_inference_mode_enabled, ()),
+    (torch.is_autocast_enabled, ("cuda",)),
+    (torch.get_autocast_dtype, ("cuda",)),
+    (torch.get_default_dtype, ()),
+    (_C._get_deterministic_algorithms, ()),
+    (_C._get_fp32_precision_getter, ("cuda", "matmul")),
+    (_C._get_fp32_precision_getter, ("cuda", "conv")),
+    (_C._get_math_sdp_enabled, ()),
+    (_C._get_flash_sdp_enabled, ()),
+    (_C._get_mem_efficient_sdp_enabled, ()),
+    (_C._get_cudnn_sdp_enabled, ()),
+)
 # Graphs of one kind that are for one address each: callers that take turns between buffers have two to four.
 MAX_BY_ADDRESS = 4
 # Places of arguments that are remembered for a kind, to know those that come back.
@@ -97,20 +114,7 @@ class Kind:
 
 def modes() -> tuple[Any, ...]:
     """Everything process- or thread-wide that decides which kernels a call runs."""
-    # The functions that torch's own call, which are a tenth to a half as long: this is read in every call.
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None,
-        torch.get_default_dtype(),
-        _C._get_deterministic_algorithms(),
-        _C._get_fp32_precision_getter("cuda", "matmul"),
-        _C._get_fp32_precision_getter("cuda", "conv"),
-        _C._get_math_sdp_enabled(),
-        _C._get_flash_sdp_enabled(),
-        _C._get_mem_efficient_sdp_enabled(),
-        _C._get_cudnn_sdp_enabled(),
-    )
+    return tuple([read(*given) for read, given in MODES])
 
 
 def shown(call: Call) -> str:

@@ -55,14 +55,18 @@ class CUDAGraphManager:
     def launch(self, kind: Kind, graph: Graph, tensors: list[torch.Tensor]) -> Any:
         result = graph.launch(tensors)
         self.recorder.leave_replay()
-        # From here on the device works.
+        self.count(kind, graph)
+        return result
+
+    def count(self, kind: Kind, graph: Graph) -> None:
+        """One replay more. The device works meanwhile."""
         if graph.number != self._newest:
             self._graphs.get(graph.number)
             self._newest = graph.number
+        graph.num_replays += 1
         self.statistics["replays"] += 1
         self.statistics["copied_bytes"] += graph.copied_bytes
         kind.row["num_replays"] += 1
-        return result
 
     @contextmanager
     def uncounted(self, kind: Kind) -> Iterator[None]:
@@ -133,6 +137,7 @@ class CUDAGraphManager:
         return self._graphs.values()
 
     def _release(self, kind: Kind, graph: Graph) -> None:
+        graph.close()
         self._graphs.pop(graph.number)
         kind.graphs.remove(graph)
         self.statistics["held_bytes"] = self.total_bytes()

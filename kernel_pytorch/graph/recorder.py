@@ -35,6 +35,8 @@ class Recorder(ABC):
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        # int64 [1]: the number of the stream that the last replay was in the order of; None where there are no streams.
+        self.last_stream: torch.Tensor | None = None
 
     @abstractmethod
     def busy(self) -> bool:
@@ -144,6 +146,9 @@ class CudaRecorder(Recorder):
         self._current: Any = None
         self._streams: set[torch.cuda.Stream] = set()
         self._held: list[weakref.ref[torch.Tensor]] = []
+        # Made outside of inference mode, so that it can be written outside.
+        with torch.inference_mode(False):
+            self.last_stream = torch.full((1,), -1)
 
     # What torch.cuda's own calls, without a frame of Python: it is asked in every call.
     busy = staticmethod(getattr(torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing))  # pyright: ignore[reportAssignmentType]
@@ -267,6 +272,8 @@ class CudaRecorder(Recorder):
         if self._last is not None:
             current.wait_stream(self._last)
         self._last, self._current = current, now
+        assert self.last_stream is not None
+        self.last_stream.fill_(current.stream_id)
         if current not in self._streams:
             self._streams.add(current)
             self._say_used([tensor for held in self._held if (tensor := held()) is not None], [current])

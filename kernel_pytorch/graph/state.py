@@ -227,6 +227,21 @@ class ModuleGuard:
         far = [t for t in self._tensors if self._is_elsewhere is not None and self._is_elsewhere(t) and t.nbytes <= HOST_BYTES]
         self._by_value = [(tensor, tensor.clone()) for tensor in far]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether identities, addresses and sizes are all there is to look at."""
+        return not self._by_value and not self._scripted
+
+    def code(self) -> tuple[list[tuple[Any, Any, Any]], list[dict[str, Any]]]:
+        """What `other_code` looks at, if `is_plain`: (container, key, value), and dicts to which nothing may be added."""
+        training = [(held, "training", was) for held, was in zip(self._dicts, self._training, strict=True)]
+        return [*(slot for slot in self.slots if isinstance(slot[2], nn.Module)), *training], self._containers
+
+    def tensors(self) -> tuple[list[tuple[Any, Any, Any]], list[tuple[torch.Tensor, int]], list[Any]]:
+        """What `other_tensors` and `has_hooks` look at: (container, key, value), tensors with their addresses, and what must be empty."""
+        others = [slot for slot in self.slots if not isinstance(slot[2], nn.Module)]
+        return others, list(zip(self._tensors, self._addresses, strict=True)), list(self._hooks)
+
     def has_hooks(self) -> bool:
         """Whether a module has a forward hook, which a replay would not run."""
         return any(self._hooks)

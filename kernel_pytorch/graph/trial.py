@@ -256,6 +256,8 @@ class Trial:
             no_room = manager.keep(kind, graph)
             keep, reason = (True, reason) if no_room is None else (False, no_room)
         manager.decide({**analysis.row(), "captured": keep, "reason": reason}, kind)
+        if not keep:
+            graph.close()
         if not keep and copies:
             # What copies cost is no reason against a graph for one address.
             kind.copies_refused = True

@@ -46,8 +46,9 @@ def _openmp() -> list[str]:
     return [str(shipped[0])] if shipped else ["-lgomp"]
 
 
-def build(source: Path, *, flags: tuple[str, ...] = ()) -> NativeLibrary:
-    """Compiles `source` against this torch's headers, or finds what an earlier process compiled."""
+def build(source: Path, *, flags: tuple[str, ...] = (), for_python: bool = False) -> NativeLibrary:
+    """Compiles `source` against this torch's headers, or finds what an earlier process compiled. for_python: an extension module of
+    this Python, whose headers it needs."""
     compiler = _compiler()
     if compiler is None:
         return NativeLibrary(None, "no C++ compiler was found")
@@ -62,8 +63,14 @@ def build(source: Path, *, flags: tuple[str, ...] = ()) -> NativeLibrary:
         *flags,
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
     ]
+    includes, libraries = [root / "include", root / "include/torch/csrc/api/include"], ["-lc10", "-ltorch_cpu"]
+    if for_python:
+        includes.append(Path(sysconfig.get_paths()["include"]))
+        libraries.append("-ltorch_python")
     version = subprocess.run([compiler, "-dumpfullversion"], capture_output=True, text=True, check=False).stdout.strip()
-    key = "\0".join([source.read_text(), torch.__version__, compiler, version, *options, sysconfig.get_platform()])
+    key = "\0".join(
+        [source.read_text(), torch.__version__, compiler, version, *options, *libraries, str(sysconfig.get_config_var("SOABI"))]
+    )
     folder = cache_folder() / "native"
     library = folder / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if library.is_file():
@@ -74,8 +81,8 @@ def build(source: Path, *, flags: tuple[str, ...] = ()) -> NativeLibrary:
     except OSError as error:
         return NativeLibrary(None, f"cannot write to {folder}: {error.strerror}")
     os.close(handle)
-    command = [compiler, *options, f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}", str(source), "-o", scratch]
-    command += [f"-L{root / 'lib'}", "-Wl,--no-as-needed", "-lc10", "-ltorch_cpu", *_openmp()]
+    command = [compiler, *options, *(f"-I{folder}" for folder in includes), str(source), "-o", scratch]
+    command += [f"-L{root / 'lib'}", "-Wl,--no-as-needed", *libraries, *_openmp()]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         os.unlink(scratch)

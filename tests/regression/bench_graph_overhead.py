@@ -31,7 +31,7 @@ _ROUNDS, _CALLS = 40, 100
 
 class Base:
     def __init__(self, stream_id: int, device_index: int, device_type: int, priority: int = 0) -> None:
-        self.key = (stream_id, device_index, device_type)
+        self.stream_id, self.key = stream_id, (stream_id, device_index, device_type)
 
 
 class Stream(Base):

@@ -24,6 +24,10 @@ class Stream:
     def __init__(self, number: int, log: list[Any]) -> None:
         self.number, self._log = number, log
 
+    @property
+    def stream_id(self) -> int:
+        return self.number
+
     def wait_stream(self, other: Stream) -> None:
         self._log.append(("wait", self.number, other.number))
 

@@ -1,0 +1,634 @@
+// The replay of one recorded call with every check around it, in C++: what graphed_call.py does in Python for all calls, for those that are
+// like the last one. What it does not know it does not answer: `run` returns NotImplemented and Python looks.
+#include <Python.h>
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/_foreach_copy.h>
+#include <ATen/ops/as_strided.h>
+#include <ATen/ops/clone.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <cstring>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace {
+
+// An owned reference.
+class Ref {
+ public:
+  Ref() = default;
+  static Ref to(PyObject* object) {
+    Py_XINCREF(object);
+    return Ref(object);
+  }
+  static Ref taking(PyObject* object) { return Ref(object); }
+  Ref(Ref&& other) noexcept : object_(std::exchange(other.object_, nullptr)) {}
+  Ref& operator=(Ref&& other) noexcept {
+    std::swap(object_, other.object_);
+    return *this;
+  }
+  Ref(const Ref&) = delete;
+  Ref& operator=(const Ref&) = delete;
+  ~Ref() { Py_XDECREF(object_); }
+  PyObject* get() const { return object_; }
+  PyObject* release() { return std::exchange(object_, nullptr); }
+  explicit operator bool() const { return object_ != nullptr; }
+
+ private:
+  explicit Ref(PyObject* object) : object_(object) {}
+  PyObject* object_ = nullptr;
+};
+
+// What Python raised, on its way through C++.
+struct Raised {};
+
+PyObject* checked(PyObject* object) {
+  if (object == nullptr) throw Raised();
+  return object;
+}
+
+PyObject* item(PyObject* sequence, Py_ssize_t index) {
+  return checked(PyTuple_Check(sequence) ? PyTuple_GetItem(sequence, index) : PyList_GetItem(sequence, index));
+}
+
+Py_ssize_t length(PyObject* sequence) {
+  const Py_ssize_t size = PyObject_Size(sequence);
+  if (size < 0) throw Raised();
+  return size;
+}
+
+int64_t number(PyObject* object) {
+  const int64_t value = PyLong_AsLongLong(object);
+  if (value == -1 && PyErr_Occurred()) throw Raised();
+  return value;
+}
+
+// An address: data_ptr() has 64 bits, of which the first may be set.
+uintptr_t address(PyObject* object) {
+  const uintptr_t value = static_cast<uintptr_t>(PyLong_AsUnsignedLongLong(object));
+  if (value == static_cast<uintptr_t>(-1) && PyErr_Occurred()) throw Raised();
+  return value;
+}
+
+uintptr_t address(const at::Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()); }
+
+// Equal for equal values of one type, as inputs.value_key tells them: 1 is not True, 0.0 is not -0.0, a NaN is itself.
+bool same_value(PyObject* actual, PyObject* expected) {
+  if (actual == expected) return true;
+  if (Py_TYPE(actual) != Py_TYPE(expected)) return false;
+  if (PyFloat_CheckExact(actual)) {
+    const double first = PyFloat_AS_DOUBLE(actual), second = PyFloat_AS_DOUBLE(expected);
+    return std::memcmp(&first, &second, sizeof(double)) == 0;
+  }
+  if (PyComplex_CheckExact(actual)) {
+    const Py_complex first = PyComplex_AsCComplex(actual), second = PyComplex_AsCComplex(expected);
+    return std::memcmp(&first, &second, sizeof(Py_complex)) == 0;
+  }
+  const int equal = PyObject_RichCompareBool(actual, expected, Py_EQ);
+  if (equal < 0) throw Raised();
+  return equal == 1;
+}
+
+// The shape of a call's arguments, or of what it returns. Described from Python as ("tensor",), ("value", v), ("tuple", items),
+// ("list", items) or ("dict", keys, items).
+struct Node {
+  enum class Kind { tensor, value, tuple, list, dict };
+  Kind kind = Kind::tensor;
+  Ref value;
+  std::vector<Ref> keys;
+  std::vector<Node> items;
+
+  static Node parse(PyObject* described) {
+    const char* name = PyUnicode_AsUTF8(item(described, 0));
+    if (name == nullptr) throw Raised();
+    const std::string kind = name;
+    Node node;
+    if (kind == "tensor") return node;
+    if (kind == "value") {
+      node.kind = Kind::value;
+      node.value = Ref::to(item(described, 1));
+      return node;
+    }
+    node.kind = kind == "tuple" ? Kind::tuple : kind == "list" ? Kind::list : Kind::dict;
+    const bool keyed = node.kind == Kind::dict;
+    PyObject* items = item(described, keyed ? 2 : 1);
+    for (Py_ssize_t i = 0; i < length(items); ++i) {
+      if (keyed) node.keys.push_back(Ref::to(item(item(described, 1), i)));
+      node.items.push_back(parse(item(items, i)));
+    }
+    return node;
+  }
+
+  int visit(visitproc visit, void* arg) const {
+    Py_VISIT(value.get());
+    for (const Ref& key : keys) Py_VISIT(key.get());
+    for (const Node& node : items) {
+      if (const int stop = node.visit(visit, arg)) return stop;
+    }
+    return 0;
+  }
+};
+
+struct Meta {
+  std::vector<int64_t> sizes, strides;
+  at::ScalarType dtype;
+  at::Device device;
+  // Without those that tell whether gradients are recorded: no replay does.
+  c10::DispatchKeySet keys;
+
+  static c10::DispatchKeySet keys_of(const at::Tensor& tensor) { return tensor.key_set() - c10::autograd_dispatch_keyset_with_ADInplaceOrView; }
+
+  explicit Meta(const at::Tensor& tensor)
+      : sizes(tensor.sizes().vec()), strides(tensor.strides().vec()), dtype(tensor.scalar_type()), device(tensor.device()), keys(keys_of(tensor)) {}
+
+  bool fits(const at::Tensor& tensor) const {
+    return tensor.sizes() == sizes && tensor.strides() == strides && tensor.scalar_type() == dtype && tensor.device() == device &&
+        keys_of(tensor) == keys;
+  }
+};
+
+// What must be where it was: an item of a dict or a list, by identity.
+struct Slot {
+  Ref container, key, value;
+  Py_ssize_t index = -1;
+
+  bool holds() const {
+    if (index >= 0) {
+      return index < PyList_GET_SIZE(container.get()) && PyList_GET_ITEM(container.get(), index) == value.get();
+    }
+    PyObject* found = PyDict_GetItemWithError(container.get(), key.get());
+    if (found == nullptr && PyErr_Occurred()) throw Raised();
+    return found == value.get();
+  }
+};
+
+// A function of torch's that tells what kernels a call runs, and what it told.
+struct Mode {
+  Ref read, then;
+  std::vector<Ref> args;
+  std::vector<PyObject*> given;
+
+  bool holds() const {
+    const Ref now = Ref::taking(checked(PyObject_Vectorcall(read.get(), given.data(), given.size(), nullptr)));
+    return same_value(now.get(), then.get());
+  }
+};
+
+struct Fixed {
+  at::Tensor tensor;
+  uintptr_t at;
+};
+
+struct Output {
+  enum class Kind { clone, same, argument, view };
+  Kind kind;
+  at::Tensor tensor;
+  Ref object;
+  size_t index = 0;
+  std::vector<int64_t> sizes, strides;
+  int64_t offset = 0;
+};
+
+std::vector<int64_t> numbers(PyObject* sequence) {
+  std::vector<int64_t> found;
+  for (Py_ssize_t i = 0; i < length(sequence); ++i) found.push_back(number(item(sequence, i)));
+  return found;
+}
+
+const at::Tensor& tensor_of(PyObject* object) {
+  if (!THPVariable_Check(object)) {
+    PyErr_SetString(PyExc_TypeError, "a tensor was expected");
+    throw Raised();
+  }
+  return THPVariable_Unpack(object);
+}
+
+struct Forget {
+  std::vector<Ref>& what;
+  ~Forget() { what.clear(); }
+};
+
+struct Replay {
+  bool valid = false;
+  Ref tensor_types;
+  Node args, kwargs, result;
+  std::vector<Meta> metas;
+  std::vector<std::pair<size_t, uintptr_t>> in_place;
+  std::vector<size_t> copied;
+  std::vector<at::Tensor> buffers;
+  std::vector<Mode> modes;
+  std::vector<Slot> code, others;
+  std::vector<std::pair<Ref, Py_ssize_t>> sizes;
+  std::vector<Fixed> addresses;
+  std::vector<Ref> empty;
+  bool code_first = true, tensors_first = true;
+  Ref play, unflatten;
+  std::vector<Output> outputs;
+  std::optional<at::Device> device;
+  // int64 [1]: the number of the stream that the last replay was in the order of, whoever made it.
+  at::Tensor last_stream;
+
+  // Of the call that is being answered, held: replaying lets other threads run, who may change the caller's lists.
+  std::vector<Ref> leaves;
+
+  bool match(const Node& node, PyObject* object) {
+    switch (node.kind) {
+      case Node::Kind::tensor: {
+        PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+        if (type != PyTuple_GET_ITEM(tensor_types.get(), 0) && type != PyTuple_GET_ITEM(tensor_types.get(), 1)) return false;
+        leaves.push_back(Ref::to(object));
+        return true;
+      }
+      case Node::Kind::value:
+        return same_value(object, node.value.get());
+      case Node::Kind::tuple:
+      case Node::Kind::list: {
+        const bool tuple = node.kind == Node::Kind::tuple;
+        if (tuple ? !PyTuple_CheckExact(object) : !PyList_CheckExact(object)) return false;
+        const Py_ssize_t size = static_cast<Py_ssize_t>(node.items.size());
+        if ((tuple ? PyTuple_GET_SIZE(object) : PyList_GET_SIZE(object)) != size) return false;
+        for (Py_ssize_t i = 0; i < size; ++i) {
+          if (!match(node.items[i], tuple ? PyTuple_GET_ITEM(object, i) : PyList_GET_ITEM(object, i))) return false;
+        }
+        return true;
+      }
+      case Node::Kind::dict: {
+        if (!PyDict_CheckExact(object) || PyDict_GET_SIZE(object) != static_cast<Py_ssize_t>(node.items.size())) return false;
+        PyObject *key, *value;
+        Py_ssize_t position = 0;
+        // In their order, as Python's form of a call has them.
+        for (size_t i = 0; PyDict_Next(object, &position, &key, &value); ++i) {
+          if (!same_value(key, node.keys[i].get()) || !match(node.items[i], value)) return false;
+        }
+        return true;
+      }
+    }
+    return false;
+  }
+
+  bool alike() const {
+    for (size_t i = 0; i < leaves.size(); ++i) {
+      if (!metas[i].fits(THPVariable_Unpack(leaves[i].get()))) return false;
+    }
+    for (const auto& [index, at] : in_place) {
+      if (address(THPVariable_Unpack(leaves[index].get())) != at) return false;
+    }
+    return true;
+  }
+
+  bool same_code() const {
+    for (const auto& [container, size] : sizes) {
+      if (PyDict_GET_SIZE(container.get()) != size) return false;
+    }
+    for (const Slot& slot : code) {
+      if (!slot.holds()) return false;
+    }
+    return true;
+  }
+
+  bool same_tensors() const {
+    for (const Slot& slot : others) {
+      if (!slot.holds()) return false;
+    }
+    for (const Fixed& fixed : addresses) {
+      if (address(fixed.tensor) != fixed.at) return false;
+    }
+    for (const Ref& hooks : empty) {
+      if (PyDict_GET_SIZE(hooks.get()) != 0) return false;
+    }
+    return true;
+  }
+
+  bool same_modes() const {
+    for (const Mode& mode : modes) {
+      if (!mode.holds()) return false;
+    }
+    return true;
+  }
+
+  // Replays before it are done in the order of this stream; another one must wait for them first.
+  bool same_stream() const {
+    return !device || c10::impl::VirtualGuardImpl(device->type()).getStream(*device).id() == *last_stream.const_data_ptr<int64_t>();
+  }
+
+  PyObject* output(const Output& source) const {
+    switch (source.kind) {
+      case Output::Kind::clone:
+        return checked(THPVariable_Wrap(source.tensor.clone()));
+      case Output::Kind::same:
+        return Ref::to(source.object.get()).release();
+      case Output::Kind::argument:
+        return Ref::to(leaves[source.index].get()).release();
+      case Output::Kind::view: {
+        const at::Tensor& tensor = THPVariable_Unpack(leaves[source.index].get());
+        return checked(THPVariable_Wrap(tensor.as_strided(source.sizes, source.strides, tensor.storage_offset() + source.offset)));
+      }
+    }
+    throw Raised();
+  }
+
+  PyObject* assemble(const Node& node, std::vector<Ref>& parts, size_t& next) const {
+    if (node.kind == Node::Kind::tensor) return parts[next++].release();
+    const Py_ssize_t size = static_cast<Py_ssize_t>(node.items.size());
+    if (node.kind == Node::Kind::tuple || node.kind == Node::Kind::list) {
+      const bool tuple = node.kind == Node::Kind::tuple;
+      Ref made = Ref::taking(checked(tuple ? PyTuple_New(size) : PyList_New(size)));
+      for (Py_ssize_t i = 0; i < size; ++i) {
+        PyObject* part = assemble(node.items[i], parts, next);
+        if (tuple) {
+          PyTuple_SET_ITEM(made.get(), i, part);
+        } else {
+          PyList_SET_ITEM(made.get(), i, part);
+        }
+      }
+      return made.release();
+    }
+    Ref made = Ref::taking(checked(PyDict_New()));
+    for (Py_ssize_t i = 0; i < size; ++i) {
+      const Ref part = Ref::taking(assemble(node.items[i], parts, next));
+      if (PyDict_SetItem(made.get(), node.keys[i].get(), part.get()) < 0) throw Raised();
+    }
+    return made.release();
+  }
+
+  PyObject* assembled() const {
+    std::vector<Ref> parts;
+    parts.reserve(outputs.size());
+    for (const Output& source : outputs) parts.push_back(Ref::taking(output(source)));
+    if (!unflatten) {
+      size_t next = 0;
+      return assemble(result, parts, next);
+    }
+    Ref list = Ref::taking(checked(PyList_New(static_cast<Py_ssize_t>(parts.size()))));
+    for (size_t i = 0; i < parts.size(); ++i) PyList_SET_ITEM(list.get(), static_cast<Py_ssize_t>(i), parts[i].release());
+    return checked(PyObject_CallOneArg(unflatten.get(), list.get()));
+  }
+
+  void fill() const {
+    if (copied.size() == 1) {
+      buffers[0].copy_(THPVariable_Unpack(leaves[copied[0]].get()));
+    } else if (!copied.empty()) {
+      std::vector<at::Tensor> from;
+      from.reserve(copied.size());
+      for (const size_t index : copied) from.push_back(THPVariable_Unpack(leaves[index].get()));
+      at::_foreach_copy_(buffers, from);
+    }
+  }
+
+  // A new reference, or null when the call is not answered: nothing was launched then, or what was does no harm.
+  PyObject* run(PyObject* given_args, PyObject* given_kwargs) {
+    const Forget forget{leaves};
+    if (!valid || !match(args, given_args) || !match(kwargs, given_kwargs) || !alike() || !same_stream() || !same_modes()) return nullptr;
+    // The device copies inputs in, into memory of the graph's own, while the model is looked at.
+    fill();
+    if (code_first && !same_code()) return nullptr;
+    if (tensors_first && !same_tensors()) return nullptr;
+    Ref::taking(checked(PyObject_CallNoArgs(play.get())));
+    Ref made = Ref::taking(assembled());
+    if (!code_first && !same_code()) return nullptr;
+    if (!tensors_first && !same_tensors()) return nullptr;
+    return made.release();
+  }
+
+  int visit(visitproc visit, void* arg) const {
+    for (const Node* node : {&args, &kwargs, &result}) {
+      if (const int stop = node->visit(visit, arg)) return stop;
+    }
+    for (const Ref* ref : {&tensor_types, &play, &unflatten}) Py_VISIT(ref->get());
+    for (const auto* slots : {&code, &others}) {
+      for (const Slot& slot : *slots) {
+        Py_VISIT(slot.container.get());
+        Py_VISIT(slot.key.get());
+        Py_VISIT(slot.value.get());
+      }
+    }
+    for (const auto& [container, size] : sizes) Py_VISIT(container.get());
+    for (const Mode& mode : modes) {
+      Py_VISIT(mode.read.get());
+      Py_VISIT(mode.then.get());
+    }
+    for (const Ref& hooks : empty) Py_VISIT(hooks.get());
+    for (const Output& source : outputs) Py_VISIT(source.object.get());
+    return 0;
+  }
+};
+
+std::vector<Slot> slots(PyObject* described) {
+  std::vector<Slot> found;
+  for (Py_ssize_t i = 0; i < length(described); ++i) {
+    PyObject* row = item(described, i);
+    Slot slot{Ref::to(item(row, 0)), Ref::to(item(row, 1)), Ref::to(item(row, 2))};
+    if (PyList_Check(slot.container.get())) {
+      slot.index = static_cast<Py_ssize_t>(number(slot.key.get()));
+    } else if (!PyDict_Check(slot.container.get())) {
+      PyErr_SetString(PyExc_TypeError, "a slot is an item of a dict or a list");
+      throw Raised();
+    }
+    found.push_back(std::move(slot));
+  }
+  return found;
+}
+
+Output parse_output(PyObject* row) {
+  const char* name = PyUnicode_AsUTF8(item(row, 0));
+  if (name == nullptr) throw Raised();
+  const std::string kind = name;
+  Output source;
+  if (kind == "clone") {
+    source.kind = Output::Kind::clone;
+    source.tensor = tensor_of(item(row, 1));
+  } else if (kind == "same") {
+    source.kind = Output::Kind::same;
+    source.object = Ref::to(item(row, 1));
+  } else {
+    source.kind = kind == "argument" ? Output::Kind::argument : Output::Kind::view;
+    source.index = static_cast<size_t>(number(item(row, 1)));
+    if (source.kind == Output::Kind::view) {
+      source.sizes = numbers(item(row, 2));
+      source.strides = numbers(item(row, 3));
+      source.offset = number(item(row, 4));
+    }
+  }
+  return source;
+}
+
+struct Object {
+  PyObject_HEAD
+  Replay* replay;
+};
+
+Replay& of(PyObject* self) { return *reinterpret_cast<Object*>(self)->replay; }
+
+PyObject* make(PyTypeObject* type, PyObject*, PyObject*) {
+  PyObject* self = type->tp_alloc(type, 0);
+  if (self != nullptr) reinterpret_cast<Object*>(self)->replay = new Replay();
+  return self;
+}
+
+// set(name=value, ...): Python builds it up by name.
+PyObject* configure(PyObject* self, PyObject*, PyObject* given) {
+  HANDLE_TH_ERRORS
+  try {
+    Replay& replay = of(self);
+    const auto value = [&](const char* name) {
+      PyObject* found = given == nullptr ? nullptr : PyDict_GetItemString(given, name);
+      if (found == nullptr) {
+        PyErr_Format(PyExc_TypeError, "Replayer.configure: %s is missing", name);
+        throw Raised();
+      }
+      return found;
+    };
+    replay.tensor_types = Ref::to(value("tensor_types"));
+    replay.args = Node::parse(value("args"));
+    replay.kwargs = Node::parse(value("kwargs"));
+    PyObject* tensors = value("tensors");
+    for (Py_ssize_t i = 0; i < length(tensors); ++i) replay.metas.emplace_back(tensor_of(item(tensors, i)));
+    PyObject* in_place = value("in_place");
+    for (Py_ssize_t i = 0; i < length(in_place); ++i) {
+      PyObject* row = item(in_place, i);
+      replay.in_place.emplace_back(static_cast<size_t>(number(item(row, 0))), address(item(row, 1)));
+    }
+    PyObject* copies = value("copies");
+    for (Py_ssize_t i = 0; i < length(copies); ++i) {
+      PyObject* row = item(copies, i);
+      replay.copied.push_back(static_cast<size_t>(number(item(row, 0))));
+      replay.buffers.push_back(tensor_of(item(row, 1)));
+    }
+    PyObject* modes = value("modes");
+    for (Py_ssize_t i = 0; i < length(modes); ++i) {
+      PyObject* row = item(modes, i);
+      Mode mode{Ref::to(item(row, 0)), Ref::to(item(row, 2))};
+      for (Py_ssize_t j = 0; j < length(item(row, 1)); ++j) {
+        mode.given.push_back(item(item(row, 1), j));
+        mode.args.push_back(Ref::to(mode.given.back()));
+      }
+      replay.modes.push_back(std::move(mode));
+    }
+    replay.code = slots(value("code"));
+    PyObject* sizes = value("sizes");
+    for (Py_ssize_t i = 0; i < length(sizes); ++i) {
+      PyObject* container = item(sizes, i);
+      if (!PyDict_Check(container)) {
+        PyErr_SetString(PyExc_TypeError, "submodules are in dicts");
+        throw Raised();
+      }
+      replay.sizes.emplace_back(Ref::to(container), PyDict_GET_SIZE(container));
+    }
+    replay.others = slots(value("others"));
+    PyObject* addresses = value("addresses");
+    for (Py_ssize_t i = 0; i < length(addresses); ++i) {
+      PyObject* row = item(addresses, i);
+      replay.addresses.push_back({tensor_of(item(row, 0)), address(item(row, 1))});
+    }
+    PyObject* hooks = value("empty");
+    for (Py_ssize_t i = 0; i < length(hooks); ++i) {
+      if (!PyDict_Check(item(hooks, i))) {
+        PyErr_SetString(PyExc_TypeError, "hooks are dicts");
+        throw Raised();
+      }
+      replay.empty.push_back(Ref::to(item(hooks, i)));
+    }
+    replay.code_first = PyObject_IsTrue(value("code_first")) == 1;
+    replay.tensors_first = PyObject_IsTrue(value("tensors_first")) == 1;
+    replay.play = Ref::to(value("play"));
+    PyObject* sources = value("outputs");
+    for (Py_ssize_t i = 0; i < length(sources); ++i) replay.outputs.push_back(parse_output(item(sources, i)));
+    PyObject* unflatten = value("unflatten");
+    if (unflatten == Py_None) {
+      replay.result = Node::parse(value("result"));
+    } else {
+      replay.unflatten = Ref::to(unflatten);
+    }
+    PyObject* device = value("device");
+    if (device != Py_None) {
+      replay.device = tensor_of(device).device();
+      replay.last_stream = tensor_of(value("last_stream"));
+      TORCH_CHECK(replay.last_stream.scalar_type() == at::kLong && replay.last_stream.is_cpu() && replay.last_stream.numel() == 1);
+    }
+    replay.valid = true;
+    Py_RETURN_NONE;
+  } catch (const Raised&) {
+    return nullptr;
+  }
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* run(PyObject* self, PyObject* const* given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 2) {
+    PyErr_SetString(PyExc_TypeError, "Replayer.run takes args and kwargs");
+    return nullptr;
+  }
+  try {
+    PyObject* result = of(self).run(given[0], given[1]);
+    return result != nullptr ? result : Ref::to(Py_NotImplemented).release();
+  } catch (const Raised&) {
+    return nullptr;
+  }
+  END_HANDLE_TH_ERRORS
+}
+
+void drop(PyObject* self) {
+  // Emptied before anything is destroyed, which may call Python.
+  Replay* old = std::exchange(reinterpret_cast<Object*>(self)->replay, new Replay());
+  delete old;
+}
+
+PyObject* close(PyObject* self, PyObject*) {
+  drop(self);
+  Py_RETURN_NONE;
+}
+
+int traverse(PyObject* self, visitproc visit, void* arg) {
+  Py_VISIT(Py_TYPE(self));
+  return of(self).visit(visit, arg);
+}
+
+int clear(PyObject* self) {
+  drop(self);
+  return 0;
+}
+
+void dealloc(PyObject* self) {
+  PyTypeObject* type = Py_TYPE(self);
+  PyObject_GC_UnTrack(self);
+  delete reinterpret_cast<Object*>(self)->replay;
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+PyMethodDef methods[] = {
+    {"configure", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(configure)), METH_VARARGS | METH_KEYWORDS, "Takes what a call must be like, by name."},
+    {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(run)), METH_FASTCALL, "run(args, kwargs) -> the result, or NotImplemented."},
+    {"close", close, METH_NOARGS, "Lets go of everything; run answers nothing from then on."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyType_Slot type_slots[] = {
+    {Py_tp_new, reinterpret_cast<void*>(make)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(dealloc)},
+    {Py_tp_traverse, reinterpret_cast<void*>(traverse)},
+    {Py_tp_clear, reinterpret_cast<void*>(clear)},
+    {Py_tp_methods, methods},
+    {0, nullptr}};
+
+PyType_Spec spec = {"kernel_pytorch_replayer.Replayer", sizeof(Object), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, type_slots};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "kernel_pytorch_replayer", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit_kernel_pytorch_replayer() {
+  Ref module = Ref::taking(PyModule_Create(&definition));
+  if (!module) return nullptr;
+  PyObject* type = PyType_FromSpec(&spec);
+  if (type == nullptr || PyModule_AddObject(module.get(), "Replayer", type) < 0) {
+    Py_XDECREF(type);
+    return nullptr;
+  }
+  return module.release();
+}

@@ -1,0 +1,143 @@
+"""The C++ half of a GraphedCall (replayer.cpp): a call like the one that a graph was found for is checked and replayed without Python.
+
+It answers less than Python does, never other than Python would: graphs with arguments on the host, objects as arguments or weights on
+the host stay with Python, and so does every call for which a check fails.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.machinery
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from kernel_pytorch.graph.kinds import MODES, Kind, modes
+from kernel_pytorch.graph.signature import flatten
+from kernel_pytorch.kernels.native import build
+
+if TYPE_CHECKING:
+    from kernel_pytorch.graph.captured import Graph
+    from kernel_pytorch.graph.recorder import Recorder
+    from kernel_pytorch.graph.state import ModuleGuard
+
+_SOURCE = Path(__file__).with_name("replayer.cpp")
+_MODULE = "kernel_pytorch_replayer"
+
+
+@functools.cache
+def replayer_class() -> tuple[Any, str]:
+    """The class, and why there is none: it is built once for this torch, Python and compiler (about 15 s on a 2-core Xeon)."""
+    library = build(_SOURCE, for_python=True)
+    if library.path is None:
+        return None, library.reason
+    loader = importlib.machinery.ExtensionFileLoader(_MODULE, str(library.path))
+    spec = importlib.util.spec_from_loader(_MODULE, loader)
+    assert spec is not None
+    try:
+        module = importlib.util.module_from_spec(spec)
+    except ImportError as error:
+        return None, f"{library.path.name}: {error}"
+    return module.Replayer, ""
+
+
+class QuickReplay:
+    """run(args, kwargs): what a graph's call returns, or NotImplemented. kind, graph: whose it is, until it is closed."""
+
+    def __init__(self, replayer: Any, kind: Kind, graph: Graph) -> None:
+        self.run = replayer.run
+        self.kind: Kind | None = kind
+        self.graph: Graph | None = graph
+        self.num_copies = len(graph.buffers)
+        self._close = replayer.close
+
+    def close(self) -> None:
+        """Lets go of the graph; `run` answers nothing from then on."""
+        self.kind = self.graph = None
+        self._close()
+
+
+def quick_replay(
+    kind: Kind, graph: Graph, guard: ModuleGuard, recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> QuickReplay | None:
+    """The one of a graph, made for a call that the graph is for; None where Python must look at each call."""
+    if not graph.quick_tried:
+        graph.quick_tried = True
+        graph.quick = _made(kind, graph, guard, recorder, args, kwargs)
+    return graph.quick
+
+
+def _made(
+    kind: Kind, graph: Graph, guard: ModuleGuard, recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> QuickReplay | None:
+    replayer, _ = replayer_class()
+    flat = flatten(args, kwargs)
+    if replayer is None or flat is None or not graph.is_plain or not guard.is_plain:
+        return None
+    template, unflatten = _template(graph.spec)
+    (code, sizes), (others, addresses, empty) = guard.code(), guard.tensors()
+    made = replayer()
+    made.configure(
+        tensor_types=(torch.Tensor, nn.Parameter),
+        args=_described(args),
+        kwargs=_described(kwargs),
+        tensors=flat[1],
+        in_place=[(i, graph.pointers[i]) for i in graph.fixed],
+        copies=list(graph.buffers.items()),
+        modes=[(read, given, then) for (read, given), then in zip(MODES, modes(), strict=True)],
+        code=code,
+        sizes=sizes,
+        others=others,
+        addresses=addresses,
+        empty=empty,
+        code_first=not graph.pure,
+        tensors_first=not (graph.pure or graph.repeatable),
+        play=graph.recording.replay,
+        outputs=graph.outputs(),
+        result=template,
+        unflatten=unflatten,
+        device=None if recorder.last_stream is None else torch.empty(0, device=recorder.device),
+        last_stream=recorder.last_stream,
+    )
+    return QuickReplay(made, kind, graph)
+
+
+def _described(value: Any) -> tuple[Any, ...]:
+    """Arguments that `flatten` takes, as the C++ class reads them."""
+    kind = type(value)
+    if kind in (torch.Tensor, nn.Parameter):
+        return ("tensor",)
+    if kind in (tuple, list):
+        return (kind.__name__, [_described(item) for item in value])
+    return ("dict", list(value), [_described(item) for item in value.values()]) if kind is dict else ("value", value)
+
+
+def _template(spec: TreeSpec) -> tuple[tuple[Any, ...] | None, Any]:
+    """How outputs are put together: described where tuples, lists and dicts do, else a function of their list."""
+    numbered = tree_unflatten(list(range(spec.num_leaves)), spec)
+    order: list[int] = []
+
+    def described(value: Any) -> tuple[Any, ...] | None:
+        kind = type(value)
+        if kind is int:
+            order.append(value)
+            return ("tensor",)
+        if kind not in (tuple, list, dict):
+            return None
+        items = [described(item) for item in (value.values() if kind is dict else value)]
+        if None in items:
+            return None
+        return ("dict", list(value), items) if kind is dict else (kind.__name__, items)
+
+    template = described(numbered)
+    if template is None or order != list(range(spec.num_leaves)):
+        return None, functools.partial(_unflattened, spec)
+    return template, None
+
+
+def _unflattened(spec: TreeSpec, leaves: list[Any]) -> Any:
+    return tree_unflatten(leaves, spec)

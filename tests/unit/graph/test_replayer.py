@@ -1,0 +1,340 @@
+"""The C++ class that replays calls like the last one: what it answers, and what it leaves to Python."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kernel_pytorch.graph.replayer import QuickReplay, replayer_class
+
+Replayer, _why = replayer_class()
+pytestmark = pytest.mark.skipif(Replayer is None, reason=f"no C++ replayer: {_why}")
+
+TENSOR = ("tensor",)
+
+
+class Call:
+    """x + 1 of one tensor, `recorded`: as a graph would, from a buffer into an output of its own."""
+
+    def __init__(self) -> None:
+        self.x, self.buffer, self.out = torch.arange(6.0).reshape(2, 3), torch.zeros(2, 3), torch.zeros(2, 3)
+        self.num_plays = 0
+        self.mode = "then"
+
+    def play(self) -> None:
+        self.num_plays += 1
+        self.out.copy_(self.buffer + 1)
+
+    def replayer(self, **changes: Any) -> Any:
+        given: dict[str, Any] = {
+            "tensor_types": (torch.Tensor, nn.Parameter),
+            "args": ("tuple", [TENSOR]),
+            "kwargs": ("dict", [], []),
+            "tensors": [self.x],
+            "in_place": [],
+            "copies": [(0, self.buffer)],
+            "modes": [(lambda name: (name, self.mode), ("a",), ("a", "then"))],
+            "code": [],
+            "sizes": [],
+            "others": [],
+            "addresses": [],
+            "empty": [],
+            "code_first": True,
+            "tensors_first": True,
+            "play": self.play,
+            "outputs": [("clone", self.out)],
+            "result": TENSOR,
+            "unflatten": None,
+            "device": None,
+            "last_stream": None,
+        }
+        made = Replayer()
+        made.configure(**{**given, **changes})
+        return made
+
+
+def test_a_call_like_the_last_one_is_replayed_and_its_output_is_a_copy() -> None:
+    call = Call()
+    replayer = call.replayer()
+    first = replayer.run((torch.full((2, 3), 5.0),), {})
+    second = replayer.run((call.x,), {})
+    assert torch.equal(first, torch.full((2, 3), 6.0))
+    assert torch.equal(second, call.x + 1)
+    assert call.num_plays == 2
+    assert replayer.run((nn.Parameter(call.x),), {}) is not NotImplemented
+
+
+OTHERS = {
+    "another shape": lambda x: ((x[:1],), {}),
+    "other strides": lambda x: ((x.t().contiguous().t(),), {}),
+    "another dtype": lambda x: ((x.double(),), {}),
+    "a lazy negative": lambda x: ((torch.complex(x, x).conj().imag[:, :],), {}),
+    "a subclass": lambda x: ((x.as_subclass(type("Mine", (torch.Tensor,), {})),), {}),
+    "no tensor": lambda x: ((3,), {}),
+    "one more": lambda x: ((x, x), {}),
+    "one by name": lambda x: ((x,), {"y": x}),
+    "none": lambda x: ((), {}),
+    "a list": lambda x: (([x],), {}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_calls_are_left_to_python(name: str) -> None:
+    call = Call()
+    args, kwargs = OTHERS[name](call.x)
+    assert call.replayer().run(args, kwargs) is NotImplemented
+    assert call.num_plays == 0
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "expected"),
+    [
+        (1, 1, True),
+        (1, True, False),
+        (1, 1.0, False),
+        (0.0, -0.0, False),
+        (float("nan"), float("nan"), True),
+        (1j, complex(-0.0, 1), False),
+        ("a", "a" * 1, True),
+        ("a", "b", False),
+        (None, False, False),
+        (torch.float32, torch.float32, True),
+        (torch.device("cpu"), torch.device("cpu"), True),
+        (2**80, 2**80, True),
+    ],
+)
+def test_values_are_told_apart_as_python_tells_them(then: Any, now: Any, expected: bool) -> None:
+    call = Call()
+    replayer = call.replayer(args=("tuple", [TENSOR, ("value", then)]))
+    assert (replayer.run((call.x, now), {}) is not NotImplemented) is expected
+
+
+def test_structures_are_matched_in_their_order() -> None:
+    call = Call()
+    args = ("tuple", [("tuple", [("list", [TENSOR]), ("dict", ["a", "b"], [TENSOR, ("value", 2)])])])
+    replayer = call.replayer(args=args, kwargs=("dict", ["z"], [TENSOR]), tensors=[call.x] * 3)
+    x = call.x
+    assert replayer.run((([x], {"a": x, "b": 2}),), {"z": x}) is not NotImplemented
+    for wrong in ([[x], {"a": x, "b": 2}], ((x,), {"a": x, "b": 2}), ([x], {"b": 2, "a": x}), ([x], {"a": x, "c": 2}), ([x], {"a": x})):
+        assert replayer.run((wrong,), {"z": x}) is NotImplemented
+    assert replayer.run((([x], {"a": x, "b": 2}),), {"y": x}) is NotImplemented
+
+
+def test_an_argument_in_place_must_be_where_it_was() -> None:
+    call = Call()
+    replayer = call.replayer(in_place=[(0, call.x.data_ptr())], copies=[])
+    assert replayer.run((call.x,), {}) is not NotImplemented
+    assert replayer.run((call.x.view(2, 3),), {}) is not NotImplemented
+    assert replayer.run((call.x.clone(),), {}) is NotImplemented
+
+
+def test_several_arguments_are_copied_in() -> None:
+    call = Call()
+    buffers = [torch.zeros(2, 3) for _ in range(2)]
+    replayer = call.replayer(args=("tuple", [TENSOR, TENSOR]), tensors=[call.x] * 2, copies=list(enumerate(buffers)))
+    replayer.run((call.x, call.x * 2), {})
+    assert torch.equal(buffers[0], call.x)
+    assert torch.equal(buffers[1], call.x * 2)
+
+
+def test_outputs_are_copies_objects_arguments_and_views_of_arguments() -> None:
+    call = Call()
+    marker = object()
+    outputs = [("clone", call.out), ("same", marker), ("argument", 0), ("view", 0, (3,), (1,), 3)]
+    result = ("dict", ["a", "b"], [("tuple", [TENSOR, TENSOR]), ("list", [TENSOR, TENSOR])])
+    found = call.replayer(outputs=outputs, result=result).run((call.x,), {})
+    assert list(found) == ["a", "b"]
+    assert found["a"][0] is not call.out
+    assert found["a"][1] is marker
+    assert found["b"][0] is call.x
+    assert torch.equal(found["b"][1], call.x[1])
+    assert found["b"][1].data_ptr() == call.x[1].data_ptr()
+    assert call.replayer(outputs=outputs, result=None, unflatten=len).run((call.x,), {}) == 4
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("what", ["code", "others", "addresses", "empty", "a list", "gone", "sizes"])
+def test_a_model_that_is_not_what_it_was_is_left_to_python(what: str, first: bool) -> None:
+    call = Call()
+    module, hooks, held = nn.Linear(2, 2), {}, [torch.zeros(1)]
+    known = module.weight
+    slots = [(module._parameters, "weight", known)]
+    changes: dict[str, Any] = {"code_first": first, "tensors_first": first}
+    changes |= {
+        "code": {"code": slots},
+        "others": {"others": slots},
+        "gone": {"code": slots},
+        "sizes": {"sizes": [module._modules]},
+        "a list": {"others": [(held, 0, held[0])]},
+        "addresses": {"addresses": [(known, known.data_ptr())]},
+        "empty": {"empty": [hooks]},
+    }[what]
+    replayer = call.replayer(**changes)
+    assert replayer.run((call.x,), {}) is not NotImplemented
+    assert call.num_plays == 1
+    if what in ("code", "others"):
+        module.weight = nn.Parameter(known.detach().clone())
+    elif what == "gone":
+        del module._parameters["weight"]
+    elif what == "a list":
+        held.clear()
+    elif what == "sizes":
+        module.more = nn.Identity()
+    elif what == "addresses":
+        known.data = known.data.clone()
+    else:
+        hooks[1] = print
+    assert replayer.run((call.x,), {}) is NotImplemented
+    # Looked at first, nothing is launched; otherwise a replay that does no harm was.
+    assert call.num_plays == (1 if first else 2)
+
+
+def test_other_modes_are_left_to_python() -> None:
+    call = Call()
+    replayer = call.replayer()
+    call.mode = "now"
+    assert replayer.run((call.x,), {}) is NotImplemented
+    assert call.num_plays == 0
+
+
+def test_what_python_raises_comes_through() -> None:
+    call = Call()
+
+    def fail() -> None:
+        raise ValueError("played wrong")
+
+    with pytest.raises(ValueError, match="played wrong"):
+        call.replayer(play=fail).run((call.x,), {})
+    with pytest.raises(RuntimeError, match="size"):
+        call.replayer(copies=[(0, torch.zeros(5))]).run((call.x,), {})
+    with pytest.raises(TypeError, match="args and kwargs"):
+        call.replayer().run((call.x,))
+    with pytest.raises(TypeError, match="args is missing"):
+        Replayer().configure(tensor_types=(torch.Tensor, nn.Parameter))
+
+
+def test_closed_it_answers_nothing_and_holds_nothing() -> None:
+    call = Call()
+    replayer = call.replayer()
+    memory = weakref.ref(call.buffer)
+    replayer.close()
+    assert replayer.run((call.x,), {}) is NotImplemented
+    del call.buffer
+    assert memory() is None
+    assert Replayer().run((), {}) is NotImplemented
+
+
+def test_a_model_that_holds_its_replayer_is_collected_with_it() -> None:
+    call = Call()
+    module = nn.Linear(2, 2)
+    module.replayer = call.replayer(code=[(module._parameters, "weight", module.weight)], play=module.forward)
+    gone = weakref.ref(module)
+    del module
+    gc.collect()
+    assert gone() is None
+
+
+def test_references_are_even() -> None:
+    import sys
+
+    call = Call()
+    marker = ["m"]
+    replayer = call.replayer(outputs=[("same", marker), ("argument", 0)], result=("tuple", [TENSOR, TENSOR]))
+    before = sys.getrefcount(marker), sys.getrefcount(call.x)
+    for _ in range(100):
+        replayer.run((call.x,), {})
+        replayer.run((call.x, 1), {})
+    assert (sys.getrefcount(marker), sys.getrefcount(call.x)) == before
+
+
+class Add(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> dict[str, torch.Tensor]:
+        return {"y": x + self.weight * scale}
+
+
+@pytest.fixture
+def answered(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of every call that was put to C++, whether it answered."""
+    found: list[bool] = []
+    make = QuickReplay.__init__
+
+    def watched(self: QuickReplay, *args: Any) -> None:
+        make(self, *args)
+        run = self.run
+
+        def noted(*args: Any) -> Any:
+            result = run(*args)
+            found.append(result is not NotImplemented)
+            return result
+
+        self.run = noted
+
+    monkeypatch.setattr(QuickReplay, "__init__", watched)
+    return found
+
+
+@torch.inference_mode()
+def test_calls_like_those_before_are_answered_by_cpp_and_counted(wrap: Any, answered: list[bool]) -> None:
+    model = Add()
+    graphed, recorder = wrap(model)
+    xs = [torch.full((4,), float(i)) for i in range(6)]
+    for x in xs:
+        assert torch.equal(model(x)["y"], x + 1)
+    answered.clear()
+    for x in xs:
+        assert torch.equal(model(x)["y"], x + 1)
+    assert answered.count(True) == 6
+    assert recorder.num_recorded == 2
+    assert graphed.manager.statistics["replays"] == 12
+    assert graphed.manager.workload[0]["num_calls"] == graphed.manager.workload[0]["num_replays"] == 12
+
+
+@torch.inference_mode()
+def test_a_changed_model_and_another_kind_of_call_are_not_answered(wrap: Any, answered: list[bool]) -> None:
+    model = Add()
+    wrap(model)
+    x = torch.zeros(4)
+    for _ in range(4):
+        model(x)
+    assert answered[-1]
+    assert torch.equal(model(x, 3.0)["y"], torch.full((4,), 3.0))
+    model.weight = nn.Parameter(torch.full((4,), 7.0))
+    assert torch.equal(model(x)["y"], torch.full((4,), 7.0))
+    model.weight.data.add_(1)
+    assert torch.equal(model(x)["y"], torch.full((4,), 8.0))
+    seen: list[Any] = []
+    handle = model.register_forward_hook(lambda *_: seen.append(1))
+    model(x)
+    assert seen
+    handle.remove()
+    assert torch.equal(model(x)["y"], torch.full((4,), 8.0))
+
+
+@torch.inference_mode()
+def test_a_graph_that_is_given_up_is_not_replayed_and_not_held(wrap: Any, answered: list[bool]) -> None:
+    model = Add()
+    graphed, _ = wrap(model)
+    x = torch.zeros(4)
+    for _ in range(4):
+        model(x)
+    [(_, graph)] = graphed.manager._all()
+    memory = weakref.ref(graph.recording.output["y"])
+    del graph
+    answered.clear()
+    gc.disable()
+    try:
+        graphed.close()
+        assert memory() is None
+    finally:
+        gc.enable()
+    model(x)
+    assert not answered[0]
