@@ -122,8 +122,9 @@ def _argument(value: Any, call: Call, depth: int) -> None:
 
 
 def _leaf(tensor: torch.Tensor, call: Call) -> None:
-    if not is_plain(tensor) or tensor.layout is not torch.strided:
-        call.refusal = f"an argument is a {type(tensor).__name__} of layout {str(tensor.layout).removeprefix('torch.')}"
+    if not is_plain(tensor) or tensor.layout is not torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        call.refusal = f"an argument is a {type(tensor).__name__} of layout {layout}"
         return
     if tensor.is_conj() or tensor.is_neg():
         call.refusal = "an argument is a conjugate or negative that is not computed yet"

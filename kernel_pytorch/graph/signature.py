@@ -18,7 +18,7 @@ from kernel_pytorch.graph.inputs import value_key
 _TENSORS = frozenset({torch.Tensor, nn.Parameter})
 _SEQUENCES = frozenset({tuple, list})
 _SIZE, _STRIDE, _POINTER = torch.Tensor.size, torch.Tensor.stride, torch.Tensor.data_ptr
-_KIND = attrgetter("dtype", "device", "layout")
+_KIND, _IS_NESTED = attrgetter("dtype", "device", "layout"), attrgetter("is_nested")
 # In C++, where torch was built for CUDA: what torch's own graphs compare addresses with.
 _EQUAL_POINTERS = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
 _TENSOR_GUARDS: Any = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
@@ -107,13 +107,16 @@ class Signature:
         self._alike, self._renewals = _compiled_check(tensors), 0
 
     def fits(self, tensors: Sequence[torch.Tensor]) -> bool:
+        # Nested tensors have no sizes: the compiled check would end the process. Sparse ones have no strides.
+        if any(map(_IS_NESTED, tensors)):
+            return False
         if self._alike is not None and self._alike(*tensors):
             return True
         if not _TENSORS.issuperset(map(type, tensors)):
             return False
-        if list(map(_SIZE, tensors)) != self._sizes or list(map(_STRIDE, tensors)) != self._strides:
-            return False
         if list(map(_KIND, tensors)) != self._kinds or any(map(torch.Tensor.is_neg, tensors)) or any(map(torch.is_conj, tensors)):
+            return False
+        if list(map(_SIZE, tensors)) != self._sizes or list(map(_STRIDE, tensors)) != self._strides:
             return False
         # The compiled check tells more apart than a graph does, such as tensors that were made in inference mode from others.
         if self._renewals < _MAX_RENEWALS:

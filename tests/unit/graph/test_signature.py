@@ -17,6 +17,9 @@ CASES = {
     "another shape": (lambda t: t[:2], False),
     "other strides": (lambda t: t.t().contiguous().t(), False),
     "a lazy negative": (lambda t: torch.complex(t, t).conj().imag, False),
+    "nested": (lambda t: torch.nested.nested_tensor(list(t)), False),
+    "sparse": (lambda t: t.to_sparse(), False),
+    "sparse rows": (lambda t: t.to_sparse_csr(), False),
     "resized in place": (lambda t: t.clone().resize_(3, 2), False),
 }
 
