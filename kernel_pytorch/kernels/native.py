@@ -71,11 +71,15 @@ def build(source: Path, *, flags: tuple[str, ...] = (), for_python: bool = False
     key = "\0".join(
         [source.read_text(), torch.__version__, compiler, version, *options, *libraries, str(sysconfig.get_config_var("SOABI"))]
     )
-    folder = cache_folder() / "native"
-    library = folder / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if library.is_file():
-        return NativeLibrary(library)
     try:
+        folder = cache_folder() / "native"
+    except RuntimeError as error:
+        # A user without a home folder, as in some containers.
+        return NativeLibrary(None, f"there is no cache folder: {error}")
+    library = folder / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    try:
+        if library.is_file():
+            return NativeLibrary(library)
         folder.mkdir(parents=True, exist_ok=True)
         handle, scratch = tempfile.mkstemp(suffix=".so", dir=folder)
     except OSError as error:
