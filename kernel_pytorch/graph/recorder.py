@@ -148,7 +148,7 @@ class CudaRecorder(Recorder):
         self._held: list[weakref.ref[torch.Tensor]] = []
         # Made outside of inference mode, so that it can be written outside.
         with torch.inference_mode(False):
-            self.last_stream = torch.full((1,), -1)
+            self.last_stream = torch.full((1,), -1, dtype=torch.int64, device="cpu")
 
     # What torch.cuda's own calls, without a frame of Python: it is asked in every call.
     busy = staticmethod(getattr(torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing))  # pyright: ignore[reportAssignmentType]

@@ -246,3 +246,12 @@ def test_other_devices_of_the_type_are_foreign() -> None:
     assert recorder.is_foreign(torch.device("cuda", 1))
     assert not recorder.is_foreign(DEVICE)
     assert not recorder.is_foreign(torch.device("cpu"))
+
+
+def test_the_number_of_the_last_stream_is_on_the_host_wherever_tensors_are_made(cuda: Cuda) -> None:
+    with torch.device("meta"):
+        recorder = CudaRecorder(DEVICE)
+    recorder.enter_replay()
+    assert recorder.last_stream is not None
+    assert recorder.last_stream.is_cpu
+    assert recorder.last_stream.tolist() == [cuda.current.number]
