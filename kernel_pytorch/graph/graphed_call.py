@@ -32,11 +32,13 @@ _MAX_QUICK = 8
 
 @dataclass
 class _World:
-    """What was decided while the model was in one state. by_form: kinds of calls by what is not a tensor, found in microseconds."""
+    """What was decided while the model was in one state. by_form: kinds of calls by what is not a tensor, found in microseconds.
+    quick: graphs that C++ can replay, those that copy the least first: what most calls need to look at."""
 
     guard: ModuleGuard
     kinds: LRUCache[Any, Kind]
     by_form: dict[Any, list[Kind]] = field(default_factory=dict)
+    quick: list[QuickReplay] = field(default_factory=list)
 
 
 class GraphedCall:
@@ -76,8 +78,6 @@ class GraphedCall:
         self._num_worlds = 0
         self._world = self._new_world()
         self._suspicious = False
-        # Graphs that C++ can replay, those that copy the least first: what most calls need to look at.
-        self._quick: list[QuickReplay] = []
         self._skipped = self._calls_to_skip = 0
         self._num_refused = self._resting = 0
         self._noted: set[str] = set()
@@ -117,6 +117,8 @@ class GraphedCall:
                 return False, None
             done, result = self._checked(kind, graph, tensors)
             kind.row["num_calls"] += done
+            if done:
+                self._quicken(kind, graph, args, kwargs)
             return done, result
         finally:
             self.manager.lock.release()
@@ -156,9 +158,10 @@ class GraphedCall:
         return self._considered(args, kwargs)
 
     def _quickly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
-        """The call by C++, for one like those before, while the model is what it was."""
+        """The call by C++, for one like those before, while the model is what it was. Graphs for other states of the model are not
+        tried: they might be replayed before it is looked at."""
         if not self._suspicious:
-            for quick in self._quick:
+            for quick in self._world.quick:
                 result = quick.run(args, kwargs)
                 if result is not NotImplemented:
                     kind, graph = quick.kind, quick.graph
@@ -175,9 +178,12 @@ class GraphedCall:
         if graph.seeks_others:
             return
         quick = quick_replay(kind, graph, self._world.guard, self._recorder, args, kwargs)
-        if quick is not None and quick not in self._quick:
-            still = [other for other in self._quick if other.graph is not None]
-            self._quick = sorted([*still, quick], key=lambda quick: quick.num_copies)[:_MAX_QUICK]
+        world = self._world
+        if quick is not None and quick not in world.quick:
+            still = [other for other in world.quick if other.graph is not None]
+            if len(still) >= _MAX_QUICK:
+                still.remove(min(still, key=lambda other: other.number))
+            world.quick = sorted([*still, quick], key=lambda other: other.num_copies)
 
     def _known(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Kind | None, list[torch.Tensor]]:
         now = modes()

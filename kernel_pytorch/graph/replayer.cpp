@@ -11,6 +11,8 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <cstring>
+#include <memory>
+#include <new>
 #include <optional>
 #include <string>
 #include <utility>
@@ -124,6 +126,12 @@ struct Node {
     return node;
   }
 
+  size_t num_tensors() const {
+    size_t found = kind == Kind::tensor ? 1 : 0;
+    for (const Node& node : items) found += node.num_tensors();
+    return found;
+  }
+
   int visit(visitproc visit, void* arg) const {
     Py_VISIT(value.get());
     for (const Ref& key : keys) Py_VISIT(key.get());
@@ -147,8 +155,9 @@ struct Meta {
       : sizes(tensor.sizes().vec()), strides(tensor.strides().vec()), dtype(tensor.scalar_type()), device(tensor.device()), keys(keys_of(tensor)) {}
 
   bool fits(const at::Tensor& tensor) const {
-    return tensor.sizes() == sizes && tensor.strides() == strides && tensor.scalar_type() == dtype && tensor.device() == device &&
-        keys_of(tensor) == keys;
+    // The keys first: a tensor of another layout may have no strides, a nested one not even a size.
+    return keys_of(tensor) == keys && tensor.sizes() == sizes && tensor.strides() == strides && tensor.scalar_type() == dtype &&
+        tensor.device() == device;
   }
 };
 
@@ -167,6 +176,23 @@ struct Slot {
   }
 };
 
+// The submodules of a module: their order may decide what runs, as in nn.Sequential.
+struct Children {
+  Ref container;
+  std::vector<Ref> keys, values;
+
+  bool hold() const {
+    if (PyDict_GET_SIZE(container.get()) != static_cast<Py_ssize_t>(values.size())) return false;
+    PyObject *key, *value;
+    Py_ssize_t position = 0;
+    for (size_t i = 0; PyDict_Next(container.get(), &position, &key, &value); ++i) {
+      // By identity: a name that is another object, if an equal one, is for Python to look at.
+      if (value != values[i].get() || key != keys[i].get()) return false;
+    }
+    return true;
+  }
+};
+
 // A function of torch's that tells what kernels a call runs, and what it told.
 struct Mode {
   Ref read, then;
@@ -179,15 +205,17 @@ struct Mode {
   }
 };
 
+// Tensors that are not the graph's own are held as Python holds them: another owner of what is behind them would keep
+// torch.utils.swap_tensors from them, and Python from collecting what they hold.
 struct Fixed {
-  at::Tensor tensor;
+  Ref tensor;
   uintptr_t at;
 };
 
 struct Output {
   enum class Kind { clone, same, argument, view };
-  Kind kind;
-  at::Tensor tensor;
+  Kind kind = Kind::same;
+  // A tensor, of a clone.
   Ref object;
   size_t index = 0;
   std::vector<int64_t> sizes, strides;
@@ -208,13 +236,28 @@ const at::Tensor& tensor_of(PyObject* object) {
   return THPVariable_Unpack(object);
 }
 
-struct Forget {
-  std::vector<Ref>& what;
-  ~Forget() { what.clear(); }
+bool truth(PyObject* object) {
+  const int value = PyObject_IsTrue(object);
+  if (value < 0) throw Raised();
+  return value == 1;
+}
+
+// Other threads run Python meanwhile, as in torch's own calls: the device may wait for one of them, and this one for the device.
+class WithoutGil {
+ public:
+  WithoutGil() : state_(PyEval_SaveThread()) {}
+  ~WithoutGil() { PyEval_RestoreThread(state_); }
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+
+ private:
+  PyThreadState* state_;
 };
 
+// The tensors of the call that is being answered, held: other threads may change the caller's lists meanwhile.
+using Leaves = std::vector<Ref>;
+
 struct Replay {
-  bool valid = false;
   Ref tensor_types;
   Node args, kwargs, result;
   std::vector<Meta> metas;
@@ -223,7 +266,7 @@ struct Replay {
   std::vector<at::Tensor> buffers;
   std::vector<Mode> modes;
   std::vector<Slot> code, others;
-  std::vector<std::pair<Ref, Py_ssize_t>> sizes;
+  std::vector<Children> children;
   std::vector<Fixed> addresses;
   std::vector<Ref> empty;
   bool code_first = true, tensors_first = true;
@@ -233,10 +276,7 @@ struct Replay {
   // int64 [1]: the number of the stream that the last replay was in the order of, whoever made it.
   at::Tensor last_stream;
 
-  // Of the call that is being answered, held: replaying lets other threads run, who may change the caller's lists.
-  std::vector<Ref> leaves;
-
-  bool match(const Node& node, PyObject* object) {
+  bool match(const Node& node, PyObject* object, Leaves& leaves) const {
     switch (node.kind) {
       case Node::Kind::tensor: {
         PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
@@ -253,7 +293,7 @@ struct Replay {
         const Py_ssize_t size = static_cast<Py_ssize_t>(node.items.size());
         if ((tuple ? PyTuple_GET_SIZE(object) : PyList_GET_SIZE(object)) != size) return false;
         for (Py_ssize_t i = 0; i < size; ++i) {
-          if (!match(node.items[i], tuple ? PyTuple_GET_ITEM(object, i) : PyList_GET_ITEM(object, i))) return false;
+          if (!match(node.items[i], tuple ? PyTuple_GET_ITEM(object, i) : PyList_GET_ITEM(object, i), leaves)) return false;
         }
         return true;
       }
@@ -263,7 +303,7 @@ struct Replay {
         Py_ssize_t position = 0;
         // In their order, as Python's form of a call has them.
         for (size_t i = 0; PyDict_Next(object, &position, &key, &value); ++i) {
-          if (!same_value(key, node.keys[i].get()) || !match(node.items[i], value)) return false;
+          if (!same_value(key, node.keys[i].get()) || !match(node.items[i], value, leaves)) return false;
         }
         return true;
       }
@@ -271,7 +311,7 @@ struct Replay {
     return false;
   }
 
-  bool alike() const {
+  bool alike(const Leaves& leaves) const {
     for (size_t i = 0; i < leaves.size(); ++i) {
       if (!metas[i].fits(THPVariable_Unpack(leaves[i].get()))) return false;
     }
@@ -282,8 +322,8 @@ struct Replay {
   }
 
   bool same_code() const {
-    for (const auto& [container, size] : sizes) {
-      if (PyDict_GET_SIZE(container.get()) != size) return false;
+    for (const Children& of_module : children) {
+      if (!of_module.hold()) return false;
     }
     for (const Slot& slot : code) {
       if (!slot.holds()) return false;
@@ -296,7 +336,7 @@ struct Replay {
       if (!slot.holds()) return false;
     }
     for (const Fixed& fixed : addresses) {
-      if (address(fixed.tensor) != fixed.at) return false;
+      if (address(THPVariable_Unpack(fixed.tensor.get())) != fixed.at) return false;
     }
     for (const Ref& hooks : empty) {
       if (PyDict_GET_SIZE(hooks.get()) != 0) return false;
@@ -314,22 +354,6 @@ struct Replay {
   // Replays before it are done in the order of this stream; another one must wait for them first.
   bool same_stream() const {
     return !device || c10::impl::VirtualGuardImpl(device->type()).getStream(*device).id() == *last_stream.const_data_ptr<int64_t>();
-  }
-
-  PyObject* output(const Output& source) const {
-    switch (source.kind) {
-      case Output::Kind::clone:
-        return checked(THPVariable_Wrap(source.tensor.clone()));
-      case Output::Kind::same:
-        return Ref::to(source.object.get()).release();
-      case Output::Kind::argument:
-        return Ref::to(leaves[source.index].get()).release();
-      case Output::Kind::view: {
-        const at::Tensor& tensor = THPVariable_Unpack(leaves[source.index].get());
-        return checked(THPVariable_Wrap(tensor.as_strided(source.sizes, source.strides, tensor.storage_offset() + source.offset)));
-      }
-    }
-    throw Raised();
   }
 
   PyObject* assemble(const Node& node, std::vector<Ref>& parts, size_t& next) const {
@@ -356,10 +380,29 @@ struct Replay {
     return made.release();
   }
 
-  PyObject* assembled() const {
+  PyObject* assembled(const Leaves& leaves) const {
+    std::vector<at::Tensor> made(outputs.size());
+    {
+      const WithoutGil without;
+      for (size_t i = 0; i < outputs.size(); ++i) {
+        const Output& source = outputs[i];
+        if (source.kind == Output::Kind::clone) {
+          made[i] = THPVariable_Unpack(source.object.get()).clone();
+        } else if (source.kind == Output::Kind::view) {
+          const at::Tensor& tensor = THPVariable_Unpack(leaves[source.index].get());
+          made[i] = tensor.as_strided(source.sizes, source.strides, tensor.storage_offset() + source.offset);
+        }
+      }
+    }
     std::vector<Ref> parts;
     parts.reserve(outputs.size());
-    for (const Output& source : outputs) parts.push_back(Ref::taking(output(source)));
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      if (made[i].defined()) {
+        parts.push_back(Ref::taking(checked(THPVariable_Wrap(std::move(made[i])))));
+      } else {
+        parts.push_back(Ref::to(outputs[i].kind == Output::Kind::same ? outputs[i].object.get() : leaves[outputs[i].index].get()));
+      }
+    }
     if (!unflatten) {
       size_t next = 0;
       return assemble(result, parts, next);
@@ -369,30 +412,50 @@ struct Replay {
     return checked(PyObject_CallOneArg(unflatten.get(), list.get()));
   }
 
-  void fill() const {
+  void fill(const Leaves& leaves) const {
+    if (copied.empty()) return;
+    const WithoutGil without;
     if (copied.size() == 1) {
-      buffers[0].copy_(THPVariable_Unpack(leaves[copied[0]].get()));
-    } else if (!copied.empty()) {
-      std::vector<at::Tensor> from;
-      from.reserve(copied.size());
-      for (const size_t index : copied) from.push_back(THPVariable_Unpack(leaves[index].get()));
-      at::_foreach_copy_(buffers, from);
+      at::Tensor into = buffers[0];
+      into.copy_(THPVariable_Unpack(leaves[copied[0]].get()));
+      return;
     }
+    std::vector<at::Tensor> from;
+    from.reserve(copied.size());
+    for (const size_t index : copied) from.push_back(THPVariable_Unpack(leaves[index].get()));
+    at::_foreach_copy_(buffers, from);
   }
 
-  // A new reference, or null when the call is not answered: nothing was launched then, or what was does no harm.
-  PyObject* run(PyObject* given_args, PyObject* given_kwargs) {
-    const Forget forget{leaves};
-    if (!valid || !match(args, given_args) || !match(kwargs, given_kwargs) || !alike() || !same_stream() || !same_modes()) return nullptr;
+  // A new reference, or null when the call is not answered: nothing was launched then, or what was does no harm. Python that runs
+  // meanwhile may call anything here again: what belongs to one call is kept in it.
+  PyObject* run(PyObject* given_args, PyObject* given_kwargs) const {
+    Leaves leaves;
+    leaves.reserve(metas.size());
+    if (!match(args, given_args, leaves) || !match(kwargs, given_kwargs, leaves) || !alike(leaves) || !same_stream() || !same_modes()) {
+      return nullptr;
+    }
     // The device copies inputs in, into memory of the graph's own, while the model is looked at.
-    fill();
+    fill(leaves);
     if (code_first && !same_code()) return nullptr;
     if (tensors_first && !same_tensors()) return nullptr;
     Ref::taking(checked(PyObject_CallNoArgs(play.get())));
-    Ref made = Ref::taking(assembled());
+    Ref made = Ref::taking(assembled(leaves));
     if (!code_first && !same_code()) return nullptr;
     if (!tensors_first && !same_tensors()) return nullptr;
     return made.release();
+  }
+
+  // Numbers of arguments are indices of `leaves`.
+  void check() const {
+    const size_t num_leaves = args.num_tensors() + kwargs.num_tensors();
+    TORCH_CHECK_VALUE(metas.size() == num_leaves, metas.size(), " tensors are given, the arguments have ", num_leaves);
+    for (const auto& [index, at] : in_place) TORCH_CHECK_INDEX(index < num_leaves, "in_place: there is no argument ", index);
+    for (const size_t index : copied) TORCH_CHECK_INDEX(index < num_leaves, "copies: there is no argument ", index);
+    for (const Output& source : outputs) {
+      const bool given = source.kind == Output::Kind::argument || source.kind == Output::Kind::view;
+      TORCH_CHECK_INDEX(!given || source.index < num_leaves, "outputs: there is no argument ", source.index);
+    }
+    TORCH_CHECK_VALUE(unflatten || result.num_tensors() == outputs.size(), "result has not as many places as there are outputs");
   }
 
   int visit(visitproc visit, void* arg) const {
@@ -407,11 +470,18 @@ struct Replay {
         Py_VISIT(slot.value.get());
       }
     }
-    for (const auto& [container, size] : sizes) Py_VISIT(container.get());
+    for (const Children& of_module : children) {
+      Py_VISIT(of_module.container.get());
+      for (const auto* refs : {&of_module.keys, &of_module.values}) {
+        for (const Ref& ref : *refs) Py_VISIT(ref.get());
+      }
+    }
     for (const Mode& mode : modes) {
       Py_VISIT(mode.read.get());
       Py_VISIT(mode.then.get());
+      for (const Ref& given : mode.args) Py_VISIT(given.get());
     }
+    for (const Fixed& fixed : addresses) Py_VISIT(fixed.tensor.get());
     for (const Ref& hooks : empty) Py_VISIT(hooks.get());
     for (const Output& source : outputs) Py_VISIT(source.object.get());
     return 0;
@@ -441,7 +511,8 @@ Output parse_output(PyObject* row) {
   Output source;
   if (kind == "clone") {
     source.kind = Output::Kind::clone;
-    source.tensor = tensor_of(item(row, 1));
+    tensor_of(item(row, 1));
+    source.object = Ref::to(item(row, 1));
   } else if (kind == "same") {
     source.kind = Output::Kind::same;
     source.object = Ref::to(item(row, 1));
@@ -457,24 +528,26 @@ Output parse_output(PyObject* row) {
   return source;
 }
 
+// Null until it is configured, and once it is closed. A call that is under way goes on with the one that it began with.
 struct Object {
   PyObject_HEAD
-  Replay* replay;
+  std::shared_ptr<const Replay> replay;
 };
 
-Replay& of(PyObject* self) { return *reinterpret_cast<Object*>(self)->replay; }
+std::shared_ptr<const Replay>& of(PyObject* self) { return reinterpret_cast<Object*>(self)->replay; }
 
 PyObject* make(PyTypeObject* type, PyObject*, PyObject*) {
   PyObject* self = type->tp_alloc(type, 0);
-  if (self != nullptr) reinterpret_cast<Object*>(self)->replay = new Replay();
+  if (self != nullptr) new (&of(self)) std::shared_ptr<const Replay>();
   return self;
 }
 
-// set(name=value, ...): Python builds it up by name.
+// configure(name=value, ...): Python builds it up by name.
 PyObject* configure(PyObject* self, PyObject*, PyObject* given) {
   HANDLE_TH_ERRORS
   try {
-    Replay& replay = of(self);
+    const auto made = std::make_shared<Replay>();
+    Replay& replay = *made;
     const auto value = [&](const char* name) {
       PyObject* found = given == nullptr ? nullptr : PyDict_GetItemString(given, name);
       if (found == nullptr) {
@@ -510,20 +583,26 @@ PyObject* configure(PyObject* self, PyObject*, PyObject* given) {
       replay.modes.push_back(std::move(mode));
     }
     replay.code = slots(value("code"));
-    PyObject* sizes = value("sizes");
-    for (Py_ssize_t i = 0; i < length(sizes); ++i) {
-      PyObject* container = item(sizes, i);
-      if (!PyDict_Check(container)) {
+    PyObject* children = value("children");
+    for (Py_ssize_t i = 0; i < length(children); ++i) {
+      PyObject *row = item(children, i), *keys = item(row, 1), *values = item(row, 2);
+      if (!PyDict_Check(item(row, 0)) || length(keys) != length(values)) {
         PyErr_SetString(PyExc_TypeError, "submodules are in dicts");
         throw Raised();
       }
-      replay.sizes.emplace_back(Ref::to(container), PyDict_GET_SIZE(container));
+      Children of_module{Ref::to(item(row, 0))};
+      for (Py_ssize_t j = 0; j < length(values); ++j) {
+        of_module.keys.push_back(Ref::to(item(keys, j)));
+        of_module.values.push_back(Ref::to(item(values, j)));
+      }
+      replay.children.push_back(std::move(of_module));
     }
     replay.others = slots(value("others"));
     PyObject* addresses = value("addresses");
     for (Py_ssize_t i = 0; i < length(addresses); ++i) {
       PyObject* row = item(addresses, i);
-      replay.addresses.push_back({tensor_of(item(row, 0)), address(item(row, 1))});
+      tensor_of(item(row, 0));
+      replay.addresses.push_back({Ref::to(item(row, 0)), address(item(row, 1))});
     }
     PyObject* hooks = value("empty");
     for (Py_ssize_t i = 0; i < length(hooks); ++i) {
@@ -533,8 +612,8 @@ PyObject* configure(PyObject* self, PyObject*, PyObject* given) {
       }
       replay.empty.push_back(Ref::to(item(hooks, i)));
     }
-    replay.code_first = PyObject_IsTrue(value("code_first")) == 1;
-    replay.tensors_first = PyObject_IsTrue(value("tensors_first")) == 1;
+    replay.code_first = truth(value("code_first"));
+    replay.tensors_first = truth(value("tensors_first"));
     replay.play = Ref::to(value("play"));
     PyObject* sources = value("outputs");
     for (Py_ssize_t i = 0; i < length(sources); ++i) replay.outputs.push_back(parse_output(item(sources, i)));
@@ -550,7 +629,9 @@ PyObject* configure(PyObject* self, PyObject*, PyObject* given) {
       replay.last_stream = tensor_of(value("last_stream"));
       TORCH_CHECK(replay.last_stream.scalar_type() == at::kLong && replay.last_stream.is_cpu() && replay.last_stream.numel() == 1);
     }
-    replay.valid = true;
+    replay.check();
+    // Let go of last, once nothing points to it: that may call Python.
+    const std::shared_ptr<const Replay> old = std::exchange(of(self), made);
     Py_RETURN_NONE;
   } catch (const Raised&) {
     return nullptr;
@@ -565,7 +646,8 @@ PyObject* run(PyObject* self, PyObject* const* given, Py_ssize_t count) {
     return nullptr;
   }
   try {
-    PyObject* result = of(self).run(given[0], given[1]);
+    const std::shared_ptr<const Replay> replay = of(self);
+    PyObject* result = replay ? replay->run(given[0], given[1]) : nullptr;
     return result != nullptr ? result : Ref::to(Py_NotImplemented).release();
   } catch (const Raised&) {
     return nullptr;
@@ -573,31 +655,25 @@ PyObject* run(PyObject* self, PyObject* const* given, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-void drop(PyObject* self) {
-  // Emptied before anything is destroyed, which may call Python.
-  Replay* old = std::exchange(reinterpret_cast<Object*>(self)->replay, new Replay());
-  delete old;
-}
-
 PyObject* close(PyObject* self, PyObject*) {
-  drop(self);
+  const std::shared_ptr<const Replay> old = std::exchange(of(self), nullptr);
   Py_RETURN_NONE;
 }
 
 int traverse(PyObject* self, visitproc visit, void* arg) {
   Py_VISIT(Py_TYPE(self));
-  return of(self).visit(visit, arg);
+  return of(self) ? of(self)->visit(visit, arg) : 0;
 }
 
 int clear(PyObject* self) {
-  drop(self);
+  const std::shared_ptr<const Replay> old = std::exchange(of(self), nullptr);
   return 0;
 }
 
 void dealloc(PyObject* self) {
   PyTypeObject* type = Py_TYPE(self);
   PyObject_GC_UnTrack(self);
-  delete reinterpret_cast<Object*>(self)->replay;
+  std::destroy_at(&of(self));
   type->tp_free(self);
   Py_DECREF(type);
 }

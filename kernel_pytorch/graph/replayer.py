@@ -46,13 +46,14 @@ def replayer_class() -> tuple[Any, str]:
 
 
 class QuickReplay:
-    """run(args, kwargs): what a graph's call returns, or NotImplemented. kind, graph: whose it is, until it is closed."""
+    """run(args, kwargs): what a graph's call returns, or NotImplemented. kind, graph: whose it is, until it is closed. number: of
+    the graph, which are numbered in the order in which they are made."""
 
     def __init__(self, replayer: Any, kind: Kind, graph: Graph) -> None:
         self.run = replayer.run
         self.kind: Kind | None = kind
         self.graph: Graph | None = graph
-        self.num_copies = len(graph.buffers)
+        self.num_copies, self.number = len(graph.buffers), graph.number
         self._close = replayer.close
 
     def close(self) -> None:
@@ -76,10 +77,11 @@ def _made(
 ) -> QuickReplay | None:
     replayer, _ = replayer_class()
     flat = flatten(args, kwargs)
-    if replayer is None or flat is None or not graph.is_plain or not guard.is_plain:
+    outputs = graph.outputs()
+    if replayer is None or flat is None or not graph.is_plain or not guard.is_plain or not all(map(_can_be_given, outputs)):
         return None
-    template, unflatten = _template(graph.spec)
-    (code, sizes), (others, addresses, empty) = guard.code(), guard.tensors()
+    template = _template(graph.spec)
+    (code, children), (others, addresses, empty) = guard.code(), guard.tensors()
     made = replayer()
     made.configure(
         tensor_types=(torch.Tensor, nn.Parameter),
@@ -90,16 +92,16 @@ def _made(
         copies=list(graph.buffers.items()),
         modes=[(read, given, then) for (read, given), then in zip(MODES, modes(), strict=True)],
         code=code,
-        sizes=sizes,
+        children=children,
         others=others,
         addresses=addresses,
         empty=empty,
         code_first=not graph.pure,
         tensors_first=not (graph.pure or graph.repeatable),
         play=graph.recording.replay,
-        outputs=graph.outputs(),
+        outputs=outputs,
         result=template,
-        unflatten=unflatten,
+        unflatten=functools.partial(_unflattened, graph.spec) if template is None else None,
         device=None if recorder.last_stream is None else torch.empty(0, device=recorder.device),
         last_stream=recorder.last_stream,
     )
@@ -116,27 +118,24 @@ def _described(value: Any) -> tuple[Any, ...]:
     return ("dict", list(value), [_described(item) for item in value.values()]) if kind is dict else ("value", value)
 
 
-def _template(spec: TreeSpec) -> tuple[tuple[Any, ...] | None, Any]:
-    """How outputs are put together: described where tuples, lists and dicts do, else a function of their list."""
-    numbered = tree_unflatten(list(range(spec.num_leaves)), spec)
-    order: list[int] = []
+def _can_be_given(output: tuple[Any, ...]) -> bool:
+    """Whether an output is of the class that C++ gives it: copies are plain tensors there. NotImplemented says something else."""
+    kind, leaf = output[:2]
+    return type(leaf) in (torch.Tensor, nn.Parameter) if kind == "clone" else leaf is not NotImplemented
 
-    def described(value: Any) -> tuple[Any, ...] | None:
-        kind = type(value)
-        if kind is int:
-            order.append(value)
-            return ("tensor",)
-        if kind not in (tuple, list, dict):
-            return None
-        items = [described(item) for item in (value.values() if kind is dict else value)]
-        if None in items:
-            return None
-        return ("dict", list(value), items) if kind is dict else (kind.__name__, items)
 
-    template = described(numbered)
-    if template is None or order != list(range(spec.num_leaves)):
-        return None, functools.partial(_unflattened, spec)
-    return template, None
+def _template(spec: TreeSpec) -> tuple[Any, ...] | None:
+    """How outputs are put together, where only tuples, lists and dicts are. Nobody's own containers are made: not with real outputs
+    in them, some could not be."""
+    if spec.is_leaf():
+        return ("tensor",)
+    if spec.type not in (tuple, list, dict):
+        return None
+    # torch 2.10 and later warn about the attribute.
+    items = [_template(child) for child in (spec.children() if hasattr(spec, "children") else spec.children_specs)]
+    if None in items:
+        return None
+    return ("dict", list(spec.context), items) if spec.type is dict else (spec.type.__name__, items)
 
 
 def _unflattened(spec: TreeSpec, leaves: list[Any]) -> Any:

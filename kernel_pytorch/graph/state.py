@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from gc import get_referents
 from operator import getitem, is_, itemgetter
@@ -22,6 +23,9 @@ _TRAINING = itemgetter("training")
 
 # A tensor of the host that is at most this large is compared by value, or put on the device, when a model holds it.
 HOST_BYTES = 2**20
+
+# Containers whose items are what C finds in them: a class of someone's own may give others.
+_READ_BY_C = frozenset({dict, OrderedDict, list})
 
 _COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._foreach_copy_.default)
 
@@ -229,17 +233,25 @@ class ModuleGuard:
 
     @property
     def is_plain(self) -> bool:
-        """Whether identities, addresses and sizes are all there is to look at."""
-        return not self._by_value and not self._scripted
+        """Whether identities, order and addresses are all there is to look at, in containers that are read as C reads them."""
+        containers = [*self._dicts, *self._containers, *self._hooks, *(slot[0] for slot in self.slots)]
+        return not self._by_value and not self._scripted and _READ_BY_C.issuperset(map(type, containers))
 
-    def code(self) -> tuple[list[tuple[Any, Any, Any]], list[dict[str, Any]]]:
-        """What `other_code` looks at, if `is_plain`: (container, key, value), and dicts to which nothing may be added."""
+    def code(self) -> tuple[list[tuple[Any, Any, Any]], list[tuple[dict[str, Any], list[str], list[Any]]]]:
+        """What `other_code` looks at, if `is_plain`: (container, key, value), and dicts with the keys and values that are in them, in
+        order."""
         training = [(held, "training", was) for held, was in zip(self._dicts, self._training, strict=True)]
-        return [*(slot for slot in self.slots if isinstance(slot[2], nn.Module)), *training], self._containers
+        children: dict[int, tuple[dict[str, Any], list[str], list[Any]]] = {id(held): (held, [], []) for held in self._containers}
+        for container, key, value in self.slots:
+            if id(container) in children:
+                children[id(container)][1].append(key)
+                children[id(container)][2].append(value)
+        return training, list(children.values())
 
     def tensors(self) -> tuple[list[tuple[Any, Any, Any]], list[tuple[torch.Tensor, int]], list[Any]]:
         """What `other_tensors` and `has_hooks` look at: (container, key, value), tensors with their addresses, and what must be empty."""
-        others = [slot for slot in self.slots if not isinstance(slot[2], nn.Module)]
+        submodules = set(map(id, self._containers))
+        others = [slot for slot in self.slots if id(slot[0]) not in submodules]
         return others, list(zip(self._tensors, self._addresses, strict=True)), list(self._hooks)
 
     def has_hooks(self) -> bool:

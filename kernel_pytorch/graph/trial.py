@@ -213,7 +213,13 @@ class Trial:
             if error is None:
                 return Outcome(refusal="its outputs are others when what is on the host is on the device", cannot=True)
             self._undo(watch)
-        return self._timed(graph, inputs, watch, start, error)
+        outcome = Outcome()
+        try:
+            outcome = self._timed(graph, inputs, watch, start, error)
+        finally:
+            if outcome.graph is None:
+                graph.close()
+        return outcome
 
     def _repeats(self, recording: Recording, watch: WriteWatch) -> bool:
         """Whether a second replay in a row leaves and returns the same bits as the first. A call that counts is not asked."""
@@ -256,8 +262,6 @@ class Trial:
             no_room = manager.keep(kind, graph)
             keep, reason = (True, reason) if no_room is None else (False, no_room)
         manager.decide({**analysis.row(), "captured": keep, "reason": reason}, kind)
-        if not keep:
-            graph.close()
         if not keep and copies:
             # What copies cost is no reason against a graph for one address.
             kind.copies_refused = True

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree
 
 from kernel_pytorch.graph.replayer import QuickReplay, replayer_class
 
@@ -40,7 +41,7 @@ class Call:
             "copies": [(0, self.buffer)],
             "modes": [(lambda name: (name, self.mode), ("a",), ("a", "then"))],
             "code": [],
-            "sizes": [],
+            "children": [],
             "others": [],
             "addresses": [],
             "empty": [],
@@ -74,6 +75,10 @@ OTHERS = {
     "other strides": lambda x: ((x.t().contiguous().t(),), {}),
     "another dtype": lambda x: ((x.double(),), {}),
     "a lazy negative": lambda x: ((torch.complex(x, x).conj().imag[:, :],), {}),
+    "sparse": lambda x: ((x.to_sparse(),), {}),
+    "sparse rows": lambda x: ((x.to_sparse_csr(),), {}),
+    "nested": lambda x: ((torch.nested.nested_tensor(list(x)),), {}),
+    "on no device": lambda x: ((x.to("meta"),), {}),
     "a subclass": lambda x: ((x.as_subclass(type("Mine", (torch.Tensor,), {})),), {}),
     "no tensor": lambda x: ((3,), {}),
     "one more": lambda x: ((x, x), {}),
@@ -169,7 +174,7 @@ def test_a_model_that_is_not_what_it_was_is_left_to_python(what: str, first: boo
         "code": {"code": slots},
         "others": {"others": slots},
         "gone": {"code": slots},
-        "sizes": {"sizes": [module._modules]},
+        "sizes": {"children": [(module._modules, [], [])]},
         "a list": {"others": [(held, 0, held[0])]},
         "addresses": {"addresses": [(known, known.data_ptr())]},
         "empty": {"empty": [hooks]},
@@ -192,6 +197,62 @@ def test_a_model_that_is_not_what_it_was_is_left_to_python(what: str, first: boo
     assert replayer.run((call.x,), {}) is NotImplemented
     # Looked at first, nothing is launched; otherwise a replay that does no harm was.
     assert call.num_plays == (1 if first else 2)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_submodules_in_another_order_are_left_to_python(first: bool) -> None:
+    call = Call()
+    model = nn.Sequential(nn.ReLU(), nn.Tanh())
+    replayer = call.replayer(children=[(model._modules, list(model._modules), list(model._modules.values()))], code_first=first)
+    assert replayer.run((call.x,), {}) is not NotImplemented
+    model._modules["0"] = model._modules.pop("0")
+    assert replayer.run((call.x,), {}) is NotImplemented
+    assert call.num_plays == (1 if first else 2)
+
+
+def test_tensors_whose_memory_is_exchanged_are_seen() -> None:
+    call = Call()
+    weight, other = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.ones(2))
+    replayer = call.replayer(addresses=[(weight, weight.data_ptr())])
+    assert replayer.run((call.x,), {}) is not NotImplemented
+    # Raises where somebody but Python holds on to what is exchanged.
+    torch.utils.swap_tensors(weight, other)
+    assert replayer.run((call.x,), {}) is NotImplemented
+
+
+def test_a_call_made_inside_of_a_call_and_a_close_in_it_do_no_harm() -> None:
+    call = Call()
+    found: list[Any] = []
+
+    def play() -> None:
+        call.play()
+        if call.num_plays == 1:
+            found.append(replayer.run((call.x,), {}))
+            replayer.close()
+            found.append(replayer.run((call.x,), {}))
+
+    replayer = call.replayer(play=play, outputs=[("clone", call.out), ("argument", 0)], result=("tuple", [TENSOR, TENSOR]))
+    given = [torch.full((2, 3), 4.0)]
+    outer = replayer.run(tuple(given), {})
+    assert torch.equal(found[0][0], call.x + 1)
+    assert found[1] is NotImplemented
+    assert outer[1] is given[0]
+
+
+def test_what_a_replayer_is_made_of_must_agree() -> None:
+    call = Call()
+    for changes in ({"in_place": [(1, 0)]}, {"copies": [(-1, call.buffer)]}, {"outputs": [("argument", 7)]}):
+        with pytest.raises(IndexError, match="there is no argument"):
+            call.replayer(**changes)
+    with pytest.raises(ValueError, match="tensors are given"):
+        call.replayer(tensors=[])
+    with pytest.raises(ValueError, match="places"):
+        call.replayer(result=("tuple", [TENSOR, TENSOR]))
+    # One that fails changes nothing.
+    replayer = call.replayer()
+    with pytest.raises(TypeError, match="missing"):
+        replayer.configure()
+    assert replayer.run((call.x,), {}) is not NotImplemented
 
 
 def test_other_modes_are_left_to_python() -> None:
@@ -233,6 +294,17 @@ def test_a_model_that_holds_its_replayer_is_collected_with_it() -> None:
     call = Call()
     module = nn.Linear(2, 2)
     module.replayer = call.replayer(code=[(module._parameters, "weight", module.weight)], play=module.forward)
+    gone = weakref.ref(module)
+    del module
+    gc.collect()
+    assert gone() is None
+
+
+def test_what_a_weight_holds_is_collected_with_its_replayer() -> None:
+    call = Call()
+    module = nn.Linear(2, 2)
+    module.weight.owner = module
+    module.replayer = call.replayer(addresses=[(module.weight, module.weight.data_ptr())])
     gone = weakref.ref(module)
     del module
     gc.collect()
@@ -338,3 +410,145 @@ def test_a_graph_that_is_given_up_is_not_replayed_and_not_held(wrap: Any, answer
         gc.enable()
     model(x)
     assert not answered[0]
+
+
+class Mine(torch.Tensor): ...
+
+
+class Boxed:
+    """Takes nothing but tensors, as classes of outputs do."""
+
+    def __init__(self, y: torch.Tensor) -> None:
+        self.y, self.size = y, y.shape[0]
+
+
+_pytree.register_pytree_node(Boxed, lambda boxed: ([boxed.y], None), lambda items, _: Boxed(*items))
+
+
+class Gives(nn.Module):
+    def __init__(self, give: Any) -> None:
+        super().__init__()
+        self.give = give
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.give(x + 1)
+
+
+@torch.inference_mode()
+def test_outputs_are_of_the_class_that_they_were(wrap: Any, answered: list[bool]) -> None:
+    model = Gives(lambda y: y.as_subclass(Mine))
+    _, recorder = wrap(model)
+    assert {type(model(torch.zeros(4))) for _ in range(4)} == {Mine}
+    assert recorder.num_replays > 1
+    assert not answered
+    model = Gives(Boxed)
+    _, recorder = wrap(model)
+    assert all(torch.equal(model(torch.zeros(4)).y, torch.ones(4)) for _ in range(4))
+    assert answered[-1]
+
+
+class ByMode(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if self.training else x + 2
+
+
+@torch.inference_mode()
+def test_graphs_for_other_states_of_a_model_are_not_replayed(wrap: Any, answered: list[bool]) -> None:
+    model = ByMode()
+    _, recorder = wrap(model)
+    x = torch.zeros(4)
+    for training in (True, False, True):
+        model.train(training)
+        for _ in range(4):
+            model(x)
+        before = recorder.num_replays
+        answered.clear()
+        for _ in range(4):
+            assert torch.equal(model(x), x + (1 if training else 2))
+        assert recorder.num_replays - before == 4
+        assert answered == [True] * 4
+    assert recorder.num_recorded == 2
+
+
+@torch.inference_mode()
+def test_calls_that_are_only_ever_replayed_come_to_cpp(wrap: Any, answered: list[bool]) -> None:
+    model = Add()
+    graphed, _ = wrap(model)
+    x = torch.zeros(4)
+    model(x)
+    answered.clear()
+    for _ in range(2):
+        assert graphed.replay((x,), {})[0]
+    assert answered == [True]
+
+
+@torch.inference_mode()
+def test_more_kinds_than_are_tried_take_turns(wrap: Any, answered: list[bool]) -> None:
+    model = Gives(lambda y: y)
+    wrap(model)
+    xs = [torch.zeros(size) for size in range(1, 12)]
+    for x in [*xs, *xs]:
+        model(x)
+    answered.clear()
+    model(xs[-1])
+    assert answered[-1]
+    model(xs[0])
+    assert not answered[-1]
+    model(xs[0])
+    assert answered[-1]
+
+
+class Held(dict):
+    """As a library may have it whose weights are not there until they are asked for."""
+
+    given: torch.Tensor | None = None
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(key) if self.given is None else self.given
+
+
+@torch.inference_mode()
+def test_weights_in_containers_of_other_classes_are_looked_at_by_python(wrap: Any, answered: list[bool]) -> None:
+    model = Add()
+    model.__dict__["_parameters"] = Held(model._parameters)
+    _, recorder = wrap(model)
+    x = torch.zeros(4)
+    for _ in range(4):
+        model(x)
+    assert recorder.num_replays > 1
+    assert not answered
+
+
+@torch.inference_mode()
+def test_a_module_where_there_was_none_is_seen_before_the_replay(wrap: Any, answered: list[bool]) -> None:
+    model = Add()
+    model.register_module("more", None)
+    graphed, _ = wrap(model)
+    children = graphed._world.guard.code()[1]
+    assert children == [(model._modules, ["more"], [None])]
+
+
+@torch.inference_mode()
+def test_a_graph_that_fails_while_it_is_timed_is_not_held(wrap: Any, Rerun: Any) -> None:
+    memory: list[Any] = []
+
+    class Fails(Rerun):
+        def record(self, call: Any) -> Any:
+            recording = super().record(call)
+            memory.append(weakref.ref(recording.output["y"]))
+            return recording
+
+        def compare(self, plain: Any, replay: Any, undo: Any, margin: float = 1.0) -> Any:
+            replay()
+            raise RuntimeError("out of memory")
+
+    model = Add()
+    gc.collect()
+    gc.disable()
+    try:
+        graphed, _ = wrap(model, Fails())
+        model(torch.zeros(4))
+        assert "out of memory" in graphed.decisions[-1]["reason"]
+        assert [output() for output in memory] == [None]
+    finally:
+        gc.enable()
