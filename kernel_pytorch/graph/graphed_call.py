@@ -186,14 +186,10 @@ class GraphedCall:
             world.quick = sorted([*still, quick], key=lambda other: other.num_copies)
 
     def _known(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Kind | None, list[torch.Tensor]]:
-        now = modes()
-        # What is not what it was taken for fits nothing, and is looked at again.
-        for trusting in (True, False):
-            flat = flatten(args, kwargs, trusting=trusting)
-            if flat is None:
-                break
+        flat = flatten(args, kwargs)
+        if flat is not None:
             form, tensors = flat
-            for kind in self._world.by_form.get((form, now), ()):
+            for kind in self._world.by_form.get((form, modes()), ()):
                 if kind.signature is not None and kind.signature.fits(tensors):
                     return kind, tensors
         return None, []

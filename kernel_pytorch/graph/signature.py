@@ -29,28 +29,26 @@ _MAX_RENEWALS = 4
 _VALUES = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
 
 
-def flatten(args: tuple[Any, ...], kwargs: dict[str, Any], *, trusting: bool = False) -> tuple[tuple[Any, ...], list[torch.Tensor]] | None:
-    """(what is not a tensor, in order and hashable; the tensors in the order of `describe`), or None for other arguments.
-
-    trusting: a sequence that begins with a tensor is taken to hold nothing else, which Signature.fits finds out."""
+def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], list[torch.Tensor]] | None:
+    """(what is not a tensor, in order and hashable; the tensors in the order of `describe`), or None for other arguments."""
     skeleton: list[Any] = []
     tensors: list[torch.Tensor] = []
     for value in args:
         if type(value) in _TENSORS:
             skeleton.append(None)
             tensors.append(value)
-        elif not _flatten(value, skeleton, tensors, trusting):
+        elif not _flatten(value, skeleton, tensors):
             return None
     for key, value in kwargs.items():
         skeleton.append(key)
         if type(value) in _TENSORS:
             tensors.append(value)
-        elif not _flatten(value, skeleton, tensors, trusting):
+        elif not _flatten(value, skeleton, tensors):
             return None
     return tuple(skeleton), tensors
 
 
-def _flatten(value: Any, skeleton: list[Any], tensors: list[torch.Tensor], trusting: bool) -> bool:
+def _flatten(value: Any, skeleton: list[Any], tensors: list[torch.Tensor]) -> bool:
     kind = type(value)
     if kind in _TENSORS:
         skeleton.append(None)
@@ -63,38 +61,34 @@ def _flatten(value: Any, skeleton: list[Any], tensors: list[torch.Tensor], trust
         # A cache is a tuple of tuples of tensors: no Python code for each tensor.
         inside = type(value[0]) if value else None
         if inside in _SEQUENCES:
-            leaves, width = _leaves(value, inside), len(value[0])
-            if leaves and _only_tensors(leaves, trusting):
+            leaves, width = _leaves(value, inside)
+            if leaves is not None:
                 skeleton.append((kind, len(value), inside, width))
                 tensors += leaves
                 return True
-        elif not value or _only_tensors(value, trusting):
+        elif _TENSORS.issuperset(map(type, value)):
             skeleton.append((kind, len(value)))
             tensors += value
             return True
         skeleton.append((kind, len(value), None))
-        return all(_flatten(item, skeleton, tensors, trusting) for item in value)
+        return all(_flatten(item, skeleton, tensors) for item in value)
     if kind is dict:
         if any(type(key) not in _VALUES for key in value):
             return False
         skeleton.append((kind, tuple(part for key in value for part in value_key(key))))
-        return all(_flatten(item, skeleton, tensors, trusting) for item in value.values())
+        return all(_flatten(item, skeleton, tensors) for item in value.values())
     return False
 
 
-def _only_tensors(values: Sequence[Any], trusting: bool) -> bool:
-    return type(values[0]) in _TENSORS and (trusting or _TENSORS.issuperset(map(type, values)))
-
-
-def _leaves(rows: Sequence[Any], kind: Any) -> list[Any] | None:
-    """What is in sequences of one kind and length; None where they are not."""
+def _leaves(rows: Sequence[Any], kind: Any) -> tuple[list[torch.Tensor] | None, int]:
+    """The tensors of sequences of one kind and length, and that length; None where they are not, or hold something else."""
     leaves: list[Any] = []
     width = len(rows[0])
     for row in rows:
         if type(row) is not kind or len(row) != width:
-            return None
+            return None, width
         leaves += row
-    return leaves
+    return (leaves if _TENSORS.issuperset(map(type, leaves)) else None), width
 
 
 class Signature:
@@ -112,8 +106,6 @@ class Signature:
             return False
         if self._alike is not None and self._alike(*tensors):
             return True
-        if not _TENSORS.issuperset(map(type, tensors)):
-            return False
         if list(map(_KIND, tensors)) != self._kinds or any(map(torch.Tensor.is_neg, tensors)) or any(map(torch.is_conj, tensors)):
             return False
         if list(map(_SIZE, tensors)) != self._sizes or list(map(_STRIDE, tensors)) != self._strides:

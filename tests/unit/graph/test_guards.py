@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from kernel_pytorch.graph import graphed_call, signature
 from kernel_pytorch.graph.kinds import modes
 from kernel_pytorch.graph.recorder import Recording
 from kernel_pytorch.graph.signature import flatten
@@ -279,49 +278,6 @@ def test_values_beside_the_tensors_of_a_cache_tell_calls_apart() -> None:
     flats = [flatten(call, {}) for call in calls]
     assert all(flat is not None and all(type(tensor) is torch.Tensor for tensor in flat[1]) for flat in flats)
     assert len({flat[0] for flat in flats if flat is not None}) == len(calls)
-
-
-class Rows(nn.Module):
-    def forward(self, rows: Any) -> torch.Tensor:
-        return torch.stack([torch.as_tensor(item).sum() for row in rows for item in (row if isinstance(row, (list, tuple)) else (row,))])
-
-
-@pytest.mark.parametrize("compiled", [True, False])
-def test_rows_that_hold_more_than_tensors_are_told_apart_in_every_call(
-    compiled: bool, record: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A sequence that begins with a tensor is taken to hold nothing else until that is found out."""
-    if not compiled:
-        monkeypatch.setattr(signature, "_TENSOR_GUARDS", None)
-    model = Rows()
-    graphed = record(model)
-    a, b, c, d = torch.arange(4.0).unbind()
-    calls: list[Any] = [
-        ((a, b), (c, d)),
-        ((a, 5), (b, 6)),
-        ((a, 5), (b, 7)),
-        ((a, b), (c, 8)),
-        ((a, 9, b), (c, 9, d)),
-        ((a, 8, b), (c, 9, d)),
-        [a, b, c, d],
-        [a, 3, b],
-        [a, 4, b],
-        ((1, a), (2, b)),
-        ((a, b), (1, 2)),
-    ]
-    for _ in range(4):
-        for rows in calls:
-            flat = [float(item) for row in rows for item in (row if isinstance(row, (list, tuple)) else (row,))]
-            assert model(rows).tolist() == flat
-    # Also those with values in between are known without being described.
-    monkeypatch.setattr(graphed_call, "describe", None)
-    replays = graphed.manager.statistics["replays"]
-    assert replays >= len(calls)
-    captured = {number for number, kind in enumerate(graphed.manager.workload) if kind["num_replays"]}
-    for number, rows in enumerate(calls):
-        if number in captured:
-            model(rows)
-    assert graphed.manager.statistics["replays"] == replays + len(captured)
 
 
 MODES: list[tuple[Callable[[Any], Any], Any, Any]] = [
