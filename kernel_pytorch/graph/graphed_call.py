@@ -4,41 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.compiler import is_compiling
 
-from kernel_pytorch.cache import LRUCache
 from kernel_pytorch.graph.captured import Graph
 from kernel_pytorch.graph.inputs import Call, describe
 from kernel_pytorch.graph.kinds import Kind, modes, shown
 from kernel_pytorch.graph.manager import CUDAGraphManager
-from kernel_pytorch.graph.replayer import QuickReplay, quick_replay
-from kernel_pytorch.graph.signature import Signature, flatten, pointers
-from kernel_pytorch.graph.state import ModuleGuard
+from kernel_pytorch.graph.replayer import quick_replay
+from kernel_pytorch.graph.signature import pointers
 from kernel_pytorch.graph.trial import Trial
+from kernel_pytorch.graph.worlds import Worlds
 
-# States of a model (train and eval, two sets of weights that are swapped) whose graphs are kept, and kinds of calls of each.
-_MAX_WORLDS, _MAX_KINDS = 4, 256
 # Calls in a row that are not even described, after others like them could not be recorded.
 _MAX_SKIPPED = 1023
 _REFUSED_IN_A_ROW, _REST = 64, 15
-# Graphs that C++ tries in turn before Python looks.
-_MAX_QUICK = 8
-
-
-@dataclass
-class _World:
-    """What was decided while the model was in one state. by_form: kinds of calls by what is not a tensor, found in microseconds.
-    quick: graphs that C++ can replay, those that copy the least first: what most calls need to look at."""
-
-    guard: ModuleGuard
-    kinds: LRUCache[Any, Kind]
-    by_form: dict[Any, list[Kind]] = field(default_factory=dict)
-    quick: list[QuickReplay] = field(default_factory=list)
 
 
 class GraphedCall:
@@ -74,9 +57,7 @@ class GraphedCall:
         self.manager, self._recorder, self._busy = manager, manager.recorder, manager.recorder.busy
         self.around_plain: Callable[..., Any] = plain
         self._on_cannot = on_cannot
-        self._worlds: LRUCache[int, _World] = LRUCache(_MAX_WORLDS, on_evict=lambda _, world: self._forget(world))
-        self._num_worlds = 0
-        self._world = self._new_world()
+        self._worlds = Worlds(model, manager, name)
         self._suspicious = False
         self._skipped = self._calls_to_skip = 0
         self._num_refused = self._resting = 0
@@ -108,17 +89,19 @@ class GraphedCall:
         if self._resting or self._busy() or not self.manager.lock.acquire(blocking=False):
             return False, None
         try:
-            done, result = self._quickly(args, kwargs)
-            if done:
+            world = self._worlds.now
+            result = NotImplemented if self._suspicious else world.answer(args, kwargs)
+            if result is not NotImplemented:
+                self._num_refused = 0
                 return True, result
-            kind, tensors = self._known(args, kwargs)
+            kind, tensors = world.known(args, kwargs)
             graph = None if kind is None or kind.refusal is not None else kind.find(tensors, ())
             if kind is None or graph is None or graph.seeks_others:
                 return False, None
             done, result = self._checked(kind, graph, tensors)
             kind.row["num_calls"] += done
             if done:
-                self._quicken(kind, graph, args, kwargs)
+                world.quicken(kind, graph, args, kwargs)
             return done, result
         finally:
             self.manager.lock.release()
@@ -126,8 +109,7 @@ class GraphedCall:
     def close(self) -> None:
         """Drops every graph of this call; it goes on to replay nothing until kinds of calls are considered again."""
         with self.manager.lock:
-            for world in self._worlds.values():
-                self._forget(world)
+            self._worlds.forget()
 
     def kind_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What tells one kind of call from another, for counting."""
@@ -136,10 +118,13 @@ class GraphedCall:
 
     def _answered(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
         """Whether the call was made, and what it returned. What is decided about nearly all calls is found here."""
-        done, result = self._quickly(args, kwargs)
-        if done:
+        world = self._worlds.now
+        # Graphs for other states of the model are not tried: they might be replayed before it is looked at.
+        result = NotImplemented if self._suspicious else world.answer(args, kwargs)
+        if result is not NotImplemented:
+            self._num_refused = 0
             return True, result
-        kind, tensors = self._known(args, kwargs)
+        kind, tensors = world.known(args, kwargs)
         if kind is not None:
             graph = kind.find(tensors, ())
             if kind.refusal is not None or (graph is None and kind.copies_refused and not kind.wants(tensors)):
@@ -153,51 +138,14 @@ class GraphedCall:
                 if done:
                     kind.row["num_calls"] += 1
                     self._num_refused = 0
-                    self._quicken(kind, graph, args, kwargs)
+                    world.quicken(kind, graph, args, kwargs)
                     return True, result
         return self._considered(args, kwargs)
-
-    def _quickly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
-        """The call by C++, for one like those before, while the model is what it was. Graphs for other states of the model are not
-        tried: they might be replayed before it is looked at."""
-        if not self._suspicious:
-            for quick in self._world.quick:
-                result = quick.run(args, kwargs)
-                if result is not NotImplemented:
-                    kind, graph = quick.kind, quick.graph
-                    assert kind is not None
-                    assert graph is not None
-                    self.manager.count(kind, graph)
-                    kind.row["num_calls"] += 1
-                    self._num_refused = 0
-                    return True, result
-        return False, None
-
-    def _quicken(self, kind: Kind, graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Has C++ replay the graph from now on, for calls like this one, where it can."""
-        if graph.seeks_others:
-            return
-        quick = quick_replay(kind, graph, self._world.guard, self._recorder, args, kwargs)
-        world = self._world
-        if quick is not None and quick not in world.quick:
-            still = [other for other in world.quick if other.graph is not None]
-            if len(still) >= _MAX_QUICK:
-                still.remove(min(still, key=lambda other: other.number))
-            world.quick = sorted([*still, quick], key=lambda other: other.num_copies)
-
-    def _known(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Kind | None, list[torch.Tensor]]:
-        flat = flatten(args, kwargs)
-        if flat is not None:
-            form, tensors = flat
-            for kind in self._world.by_form.get((form, modes()), ()):
-                if kind.signature is not None and kind.signature.fits(tensors):
-                    return kind, tensors
-        return None, []
 
     def _checked(self, kind: Kind, graph: Graph, tensors: list[torch.Tensor]) -> tuple[bool, Any]:
         """The replay, unless the model is not what it was. Where a replay of the wrong thing does no harm, the model is looked
         at while the device works: at all of it, or at the tensors, whose values do not change where it writes."""
-        guard = self._world.guard
+        guard = self._worlds.now.guard
         code_first = self._suspicious or not graph.pure
         tensors_first = self._suspicious or not (graph.pure or graph.repeatable)
         self._suspicious = True
@@ -218,12 +166,12 @@ class GraphedCall:
 
     def _rehearse(self, kind: Kind, graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A replay with everything that a call does around it."""
-        quick = quick_replay(kind, graph, self._world.guard, self._recorder, args, kwargs)
+        quick = quick_replay(kind, graph, self._worlds.now.guard, self._recorder, args, kwargs)
         result = NotImplemented if quick is None else quick.run(args, kwargs)
         if result is not NotImplemented:
             self.manager.count(kind, graph)
             return result
-        _, tensors = self._known(args, kwargs)
+        _, tensors = self._worlds.now.known(args, kwargs)
         if not tensors:
             tensors = describe(args, kwargs).tensors
         graph.fits(tensors, graph.places)
@@ -246,8 +194,8 @@ class GraphedCall:
             self._note(call.refusal, call)
             self._skip_more()
             return False, None
-        self._find_world()
-        kind = self._kind(call, args, kwargs)
+        self._worlds.find()
+        kind = self._worlds.now.kind(call, args, kwargs)
         if kind.refusal is not None:
             self._count(kind)
             if kind.signature is None:
@@ -291,11 +239,11 @@ class GraphedCall:
         return staged
 
     def _tried(self, kind: Kind, call: Call, staged: set[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
-        trial = Trial(self.manager, self.plain, self.model, self._world.guard, self._rehearse, kind, call, staged, self._writes)
+        trial = Trial(self.manager, self.plain, self.model, self._worlds.now.guard, self._rehearse, kind, call, staged, self._writes)
         with self._compiling():
             outcome = trial.run(args, kwargs)
         if outcome.moved:
-            self._start_over(kind, call, args, kwargs)
+            self._worlds.now.start_over(kind, call, args, kwargs)
         if outcome.refusal is not None:
             kind.refusal = outcome.refusal
             self.manager.drop(kind)
@@ -313,64 +261,9 @@ class GraphedCall:
     def _straight_through(self) -> str | None:
         if torch.is_grad_enabled():
             return "gradients are enabled: capture is for no_grad and inference_mode"
-        if self._world.guard.has_hooks():
+        if self._worlds.now.guard.has_hooks():
             return "a module has a forward hook, which a replay would not run"
         return None
-
-    def _kind(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kind:
-        world, now = self._world, modes()
-        kind = world.kinds.get((call.key(), now))
-        if kind is None:
-            kind = self.manager.kind(call, self.name)
-            world.kinds.set((call.key(), now), kind)
-        flat = flatten(args, kwargs)
-        if flat is not None and kind.signature is None:
-            kind.signature = Signature(flat[1])
-            world.by_form.setdefault((flat[0], now), []).insert(0, kind)
-        return kind
-
-    def _find_world(self) -> None:
-        """The model as it is now: a state that is known, or a new one."""
-        broken = self._world.guard.broken()
-        if broken is None:
-            return
-        self.manager.statistics["guard_misses"] += 1
-        for number in reversed(self._worlds.keys()):
-            world = self._worlds.get(number)
-            if world is not None and world.guard.broken() is None:
-                self._world = world
-                return
-        self.decisions.append({"inputs": "all", "captured": False, "reason": f"graphs set aside: {broken}"})
-        self._world = self._new_world()
-
-    def _new_world(self) -> _World:
-        def forget(_: Any, kind: Kind) -> None:
-            self.manager.forget(kind)
-            world.by_form.clear()
-
-        world = _World(ModuleGuard(self.model, self._recorder.is_elsewhere), LRUCache(_MAX_KINDS, on_evict=forget))
-        self._num_worlds += 1
-        self._worlds.set(self._num_worlds, world)
-        return world
-
-    def _start_over(self, kind: Kind, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """After the model's own tensors were moved: of what was decided before, only the kind that it was done for is left."""
-        old = self._world
-        keep, now = kind, modes()
-        for other in old.kinds.values():
-            if other is not keep:
-                self.manager.forget(other)
-        old.kinds.clear()
-        old.by_form.clear()
-        old.kinds.set((call.key(), now), keep)
-        keep.signature = None
-        self._kind(call, args, kwargs)
-
-    def _forget(self, world: _World) -> None:
-        for kind in world.kinds.values():
-            self.manager.forget(kind)
-        world.kinds.clear()
-        world.by_form.clear()
 
     def _note(self, reason: str, call: Call | None) -> None:
         """Says once that calls go straight through, and why."""

@@ -6,7 +6,7 @@ other objects (a KV cache) cannot be swapped: they are described by address too,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -18,6 +18,8 @@ from torch import nn
 _BY_VALUE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, Enum)
 _BY_IDENTITY = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, nn.Module)
 _PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
+# Whether a tensor is what torch.vmap or torch.func.grad hands to the function that they transform.
+IS_WRAPPED: Callable[[torch.Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
 _MAX_DEPTH = 8
 _MAX_ITEMS = 100_000
 
@@ -125,6 +127,9 @@ def _leaf(tensor: torch.Tensor, call: Call) -> None:
     if not is_plain(tensor) or tensor.layout is not torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         call.refusal = f"an argument is a {type(tensor).__name__} of layout {layout}"
+        return
+    if IS_WRAPPED(tensor):
+        call.refusal = "an argument stands for others: a transform such as torch.vmap is around the call"
         return
     if tensor.is_conj() or tensor.is_neg():
         call.refusal = "an argument is a conjugate or negative that is not computed yet"

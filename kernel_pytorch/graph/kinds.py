@@ -29,6 +29,8 @@ MODES: tuple[tuple[Callable[..., Any], tuple[Any, ...]], ...] = (
     (_C._get_flash_sdp_enabled, ()),
     (_C._get_mem_efficient_sdp_enabled, ()),
     (_C._get_cudnn_sdp_enabled, ()),
+    # A TorchFunctionMode sees what Python calls, and not what C++ does.
+    (_C._len_torch_function_stack, ()),
 )
 # Graphs of one kind that are for one address each: callers that take turns between buffers have two to four.
 MAX_BY_ADDRESS = 4

@@ -32,17 +32,24 @@ _MODULE = "kernel_pytorch_replayer"
 @functools.cache
 def replayer_class() -> tuple[Any, str]:
     """The class, and why there is none: it is built once for this torch, Python and compiler (about 15 s on a 2-core Xeon)."""
-    library = build(_SOURCE, for_python=True)
-    if library.path is None:
-        return None, library.reason
-    loader = importlib.machinery.ExtensionFileLoader(_MODULE, str(library.path))
-    spec = importlib.util.spec_from_loader(_MODULE, loader)
-    assert spec is not None
-    try:
-        module = importlib.util.module_from_spec(spec)
-    except ImportError as error:
-        return None, f"{library.path.name}: {error}"
-    return module.Replayer, ""
+    reason = ""
+    # A file that was damaged is built once more.
+    for _ in range(2):
+        library = build(_SOURCE, for_python=True)
+        if library.path is None:
+            return None, library.reason
+        loader = importlib.machinery.ExtensionFileLoader(_MODULE, str(library.path))
+        spec = importlib.util.spec_from_loader(_MODULE, loader)
+        assert spec is not None
+        try:
+            return importlib.util.module_from_spec(spec).Replayer, ""
+        except ImportError as error:
+            reason = f"{library.path.name}: {error}"
+        try:
+            library.path.unlink()
+        except OSError:
+            break
+    return None, reason
 
 
 class QuickReplay:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernel_pytorch.graph.inputs import value_key
+from kernel_pytorch.graph.inputs import IS_WRAPPED, value_key
 
 _TENSORS = frozenset({torch.Tensor, nn.Parameter})
 _SEQUENCES = frozenset({tuple, list})
@@ -107,6 +107,8 @@ class Signature:
         if self._alike is not None and self._alike(*tensors):
             return True
         if list(map(_KIND, tensors)) != self._kinds or any(map(torch.Tensor.is_neg, tensors)) or any(map(torch.is_conj, tensors)):
+            return False
+        if any(map(IS_WRAPPED, tensors)):
             return False
         if list(map(_SIZE, tensors)) != self._sizes or list(map(_STRIDE, tensors)) != self._strides:
             return False

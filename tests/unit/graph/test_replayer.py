@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
+from kernel_pytorch.graph import replayer as replayer_module
 from kernel_pytorch.graph.replayer import QuickReplay, replayer_class
+from kernel_pytorch.kernels.native import NativeLibrary
 
 Replayer, _why = replayer_class()
 pytestmark = pytest.mark.skipif(Replayer is None, reason=f"no C++ replayer: {_why}")
@@ -303,7 +305,7 @@ def test_a_model_that_holds_its_replayer_is_collected_with_it() -> None:
 def test_what_a_weight_holds_is_collected_with_its_replayer() -> None:
     call = Call()
     module = nn.Linear(2, 2)
-    module.weight.owner = module
+    setattr(module.weight, "owner", module)  # noqa: B010 a tensor has no such attribute of its own
     module.replayer = call.replayer(addresses=[(module.weight, module.weight.data_ptr())])
     gone = weakref.ref(module)
     del module
@@ -524,7 +526,7 @@ def test_a_module_where_there_was_none_is_seen_before_the_replay(wrap: Any, answ
     model = Add()
     model.register_module("more", None)
     graphed, _ = wrap(model)
-    children = graphed._world.guard.code()[1]
+    children = graphed._worlds.now.guard.code()[1]
     assert children == [(model._modules, ["more"], [None])]
 
 
@@ -552,3 +554,23 @@ def test_a_graph_that_fails_while_it_is_timed_is_not_held(wrap: Any, Rerun: Any)
         assert [output() for output in memory] == [None]
     finally:
         gc.enable()
+
+
+def test_a_damaged_library_is_built_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    source = tmp_path / "whole.so"
+    built = replayer_module.build(replayer_module._SOURCE, for_python=True).path
+    assert built is not None
+
+    def build(*_: Any, **__: Any) -> NativeLibrary:
+        if not source.exists():
+            source.write_bytes(built.read_bytes() if builds else b"damaged")
+            builds.append(1)
+        return NativeLibrary(source)
+
+    builds: list[int] = []
+    monkeypatch.setattr(replayer_module, "build", build)
+    found, why = replayer_class.__wrapped__()
+    assert (len(builds), why) == (2, "")
+    assert found is not None
+    monkeypatch.setattr(replayer_module, "build", lambda *_, **__: NativeLibrary(None, "no compiler"))
+    assert replayer_class.__wrapped__() == (None, "no compiler")

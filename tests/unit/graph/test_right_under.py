@@ -121,6 +121,19 @@ def test_a_counter_counts_every_call_once_though_weights_are_replaced(wrap: Any)
             assert model(x).item() == total
 
 
+def test_a_transform_around_a_captured_model_computes_what_it_did(wrap: Any) -> None:
+    model = nn.Linear(3, 3)
+    rows = torch.randn(5, 3)
+    with torch.no_grad():
+        expected = torch.vmap(model)(rows)
+        graphed, _ = wrap(model)
+        for _ in range(4):
+            model(rows[0])
+        assert torch.equal(torch.vmap(model)(rows), expected)
+        assert torch.equal(torch.func.vmap(torch.func.vmap(model))(rows[None])[0], expected)
+    assert any("torch.vmap" in decision["reason"] for decision in graphed.decisions)
+
+
 def test_autocast_is_part_of_the_modes() -> None:
     before = modes()
     torch.set_autocast_enabled("cuda", True)
