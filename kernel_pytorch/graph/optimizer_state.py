@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from operator import attrgetter, getitem, is_
 from typing import Any
@@ -11,6 +12,9 @@ from torch.optim import LBFGS, Optimizer
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
 _SAMPLED = 16
+# Values that are what they were while they are the same object, and containers that C++ may read as they are.
+_CONSTANT = (bool, int, float, complex, str, type(None))
+_READ_BY_C = frozenset({dict, defaultdict, OrderedDict, list})
 
 
 def refusal(optimizer: Optimizer, device: torch.device) -> str | None:
@@ -71,6 +75,32 @@ class OptimizerGuard:
         self._addresses = [tensor.data_ptr() for tensor in self._sample]
         self._parameters = [list(group["params"]) for group in optimizer.param_groups]
         self._trained = [list(map(_REQUIRES_GRAD, params)) for params in self._parameters]
+
+    def looks(self) -> tuple[list[tuple[Any, Any, Any]], list[tuple[torch.Tensor, int]], list[Any], list[Any], list[Any]] | None:
+        """What `broken`, `recorded_values` and `has_hooks` look at, as replayer.py's `Looks` has it from `others` on; None where it is
+        more than identities, addresses and sizes."""
+        optimizer, (state, groups) = self._optimizer, self._owners
+        others = [(vars(optimizer), "state", state), (vars(optimizer), "param_groups", groups)]
+        others += list(zip(self._containers, self._keys, self._tensors, strict=True))
+        addresses = [(tensor, tensor.data_ptr()) for tensor in self._tensors]
+        sizes, trained = [(state, len(state)), (groups, len(groups))], []
+        for index, group in enumerate(groups):
+            params = group["params"]
+            others += [(groups, index, group), (group, "params", params), *((params, i, one) for i, one in enumerate(params))]
+            sizes += [(group, len(group)), (params, len(params))]
+            trained += [(parameter, parameter.requires_grad) for parameter in params]
+            for key, value in group.items():
+                if key == "params":
+                    continue
+                others.append((group, key, value))
+                if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+                    addresses.append((value, value.data_ptr()))
+                elif not all(isinstance(item, _CONSTANT) for item in (value if isinstance(value, tuple) else (value,))):
+                    return None
+        empty = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
+        if not _READ_BY_C.issuperset(map(type, [vars(optimizer), *empty, *(container for container, *_ in (*others, *sizes))])):
+            return None
+        return others, addresses, empty, sizes, trained
 
     def broken(self) -> str | None:
         """What changed since, or None. Runs before every replay, so it stays in C where it can."""

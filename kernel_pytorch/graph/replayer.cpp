@@ -212,6 +212,22 @@ struct Fixed {
   uintptr_t at;
 };
 
+// Of a list or a dict, to which nothing may be added.
+struct Size {
+  Ref container;
+  Py_ssize_t then;
+
+  bool holds() const {
+    return (PyList_Check(container.get()) ? PyList_GET_SIZE(container.get()) : PyDict_GET_SIZE(container.get())) == then;
+  }
+};
+
+// Whether a parameter is trained.
+struct Trained {
+  Ref tensor;
+  bool then;
+};
+
 struct Output {
   enum class Kind { clone, same, argument, view };
   Kind kind = Kind::same;
@@ -269,6 +285,8 @@ struct Replay {
   std::vector<Children> children;
   std::vector<Fixed> addresses;
   std::vector<Ref> empty;
+  std::vector<Size> sizes;
+  std::vector<Trained> trained;
   bool code_first = true, tensors_first = true;
   Ref play, unflatten;
   std::vector<Output> outputs;
@@ -340,6 +358,12 @@ struct Replay {
     }
     for (const Ref& hooks : empty) {
       if (PyDict_GET_SIZE(hooks.get()) != 0) return false;
+    }
+    for (const Size& size : sizes) {
+      if (!size.holds()) return false;
+    }
+    for (const Trained& parameter : trained) {
+      if (THPVariable_Unpack(parameter.tensor.get()).requires_grad() != parameter.then) return false;
     }
     return true;
   }
@@ -482,6 +506,8 @@ struct Replay {
       for (const Ref& given : mode.args) Py_VISIT(given.get());
     }
     for (const Fixed& fixed : addresses) Py_VISIT(fixed.tensor.get());
+    for (const Size& size : sizes) Py_VISIT(size.container.get());
+    for (const Trained& parameter : trained) Py_VISIT(parameter.tensor.get());
     for (const Ref& hooks : empty) Py_VISIT(hooks.get());
     for (const Output& source : outputs) Py_VISIT(source.object.get());
     return 0;
@@ -611,6 +637,21 @@ PyObject* configure(PyObject* self, PyObject*, PyObject* given) {
         throw Raised();
       }
       replay.empty.push_back(Ref::to(item(hooks, i)));
+    }
+    PyObject* sizes = value("sizes");
+    for (Py_ssize_t i = 0; i < length(sizes); ++i) {
+      PyObject* row = item(sizes, i);
+      if (!PyDict_Check(item(row, 0)) && !PyList_Check(item(row, 0))) {
+        PyErr_SetString(PyExc_TypeError, "a size is of a dict or a list");
+        throw Raised();
+      }
+      replay.sizes.push_back({Ref::to(item(row, 0)), static_cast<Py_ssize_t>(number(item(row, 1)))});
+    }
+    PyObject* trained = value("trained");
+    for (Py_ssize_t i = 0; i < length(trained); ++i) {
+      PyObject* row = item(trained, i);
+      tensor_of(item(row, 0));
+      replay.trained.push_back({Ref::to(item(row, 0)), truth(item(row, 1))});
     }
     replay.code_first = truth(value("code_first"));
     replay.tensors_first = truth(value("tensors_first"));

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import importlib.machinery
 import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,37 +84,90 @@ def quick_replay(
 def _made(
     kind: Kind, graph: Graph, guard: ModuleGuard, recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> QuickReplay | None:
+    if not graph.is_plain or not guard.is_plain:
+        return None
+    made = configured(
+        args,
+        kwargs,
+        recorder,
+        Looks.of(guard),
+        in_place=[(i, graph.pointers[i]) for i in graph.fixed],
+        copies=list(graph.buffers.items()),
+        code_first=not graph.pure,
+        tensors_first=not (graph.pure or graph.repeatable),
+        play=graph.recording.replay,
+        outputs=graph.outputs(),
+        spec=graph.spec,
+    )
+    return None if made is None else QuickReplay(made, kind, graph)
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What must be as it was. others: (container, key, value). addresses: tensors, with theirs. empty: dicts of hooks. sizes: lists and
+    dicts, with theirs. trained: parameters, with whether they require gradients. code, children: as ModuleGuard.code gives them."""
+
+    code: list[tuple[Any, Any, Any]]
+    children: list[tuple[dict[str, Any], list[str], list[Any]]]
+    others: list[tuple[Any, Any, Any]]
+    addresses: list[tuple[torch.Tensor, int]]
+    empty: list[Any]
+    sizes: list[tuple[Any, int]] = field(default_factory=list)
+    trained: list[tuple[torch.Tensor, bool]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, guard: ModuleGuard) -> Looks:
+        return cls(*guard.code(), *guard.tensors())
+
+
+def configured(
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    recorder: Recorder,
+    looks: Looks,
+    *,
+    in_place: list[tuple[int, int]],
+    copies: list[tuple[int, torch.Tensor]],
+    code_first: bool,
+    tensors_first: bool,
+    play: Callable[[], None],
+    outputs: list[tuple[Any, ...]],
+    spec: TreeSpec,
+) -> Any:
+    """The C++ object for calls like this one, in modes like these; None where there is none. in_place: arguments by number, with
+    addresses. copies: arguments by number, with the memory that they are copied to. code_first, tensors_first: what is looked at
+    before the launch and not after it. outputs, spec: as Graph.outputs gives them, and how they are put together."""
     replayer, _ = replayer_class()
     flat = flatten(args, kwargs)
-    outputs = graph.outputs()
-    if replayer is None or flat is None or not graph.is_plain or not guard.is_plain or not all(map(_can_be_given, outputs)):
+    if replayer is None or flat is None or not all(map(_can_be_given, outputs)):
         return None
-    template = _template(graph.spec)
-    (code, children), (others, addresses, empty) = guard.code(), guard.tensors()
+    template = _template(spec)
     made = replayer()
     made.configure(
         tensor_types=(torch.Tensor, nn.Parameter),
         args=_described(args),
         kwargs=_described(kwargs),
         tensors=flat[1],
-        in_place=[(i, graph.pointers[i]) for i in graph.fixed],
-        copies=list(graph.buffers.items()),
+        in_place=in_place,
+        copies=copies,
         modes=[(read, given, then) for (read, given), then in zip(MODES, modes(), strict=True)],
-        code=code,
-        children=children,
-        others=others,
-        addresses=addresses,
-        empty=empty,
-        code_first=not graph.pure,
-        tensors_first=not (graph.pure or graph.repeatable),
-        play=graph.recording.replay,
+        code=looks.code,
+        children=looks.children,
+        others=looks.others,
+        addresses=looks.addresses,
+        empty=looks.empty,
+        sizes=looks.sizes,
+        trained=looks.trained,
+        code_first=code_first,
+        tensors_first=tensors_first,
+        play=play,
         outputs=outputs,
         result=template,
-        unflatten=functools.partial(_unflattened, graph.spec) if template is None else None,
+        unflatten=functools.partial(_unflattened, spec) if template is None else None,
         device=None if recorder.last_stream is None else torch.empty(0, device=recorder.device),
         last_stream=recorder.last_stream,
     )
-    return QuickReplay(made, kind, graph)
+    return made
 
 
 def _described(value: Any) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_flatten
 
 from kernel_pytorch.choices import GraphDeploymentStrategy
 from kernel_pytorch.errors import UnsupportedOperationError
@@ -19,6 +20,7 @@ from kernel_pytorch.graph.inputs import Call, describe, rebuild
 from kernel_pytorch.graph.kinds import modes, shown
 from kernel_pytorch.graph.optimizer_state import OptimizerGuard, has_hooks, host_state, host_values, recorded_values, refusal
 from kernel_pytorch.graph.recorder import CudaRecorder, Recorder, Recording
+from kernel_pytorch.graph.replayer import Looks, configured
 from kernel_pytorch.graph.state import ModuleGuard, WriteWatch, python_state
 from kernel_pytorch.graph.strategy import terms
 from kernel_pytorch.graph.trial import first_line
@@ -55,11 +57,45 @@ class _RecordedStep:
         self.recording.replay()
         loss = self.recording.output.clone()
         self._recorder.leave_replay()
+        self.give_gradients()
+        return loss
+
+    def give_gradients(self) -> None:
         # A plain step or the caller's zero_grad() has detached them: all or none.
         if self._params and self._params[0].grad is not self._grads[0]:
             for parameter, grad in zip(self._params, self._grads, strict=True):
                 parameter.grad = grad
-        return loss
+
+    def quick(self, inputs: tuple[Any, ...], guards: tuple[ModuleGuard, OptimizerGuard]) -> Any:
+        """The C++ half, for steps like this one; None where Python must look at each."""
+        of_optimizer = guards[1].looks()
+        if of_optimizer is None or not guards[0].is_plain:
+            return None
+        of_model = Looks.of(guards[0])
+        others, addresses, empty, sizes, trained = of_optimizer
+        looks = Looks(
+            of_model.code,
+            of_model.children,
+            of_model.others + others,
+            of_model.addresses + addresses,
+            of_model.empty + empty,
+            sizes,
+            trained,
+        )
+        # Everything is looked at first: one step too many does harm.
+        return configured(
+            inputs,
+            {},
+            self._recorder,
+            looks,
+            in_place=[],
+            copies=list(enumerate(self._static)),
+            code_first=True,
+            tensors_first=True,
+            play=self.recording.replay,
+            outputs=[("clone", self.recording.output)],
+            spec=tree_flatten(self.recording.output)[1],
+        )
 
 
 class GraphedTrainStep:
@@ -107,6 +143,8 @@ class GraphedTrainStep:
         # What the graph is for while there is one, else what the last plain step was.
         self._signature: _Signature | None = None
         self._guards: tuple[ModuleGuard, OptimizerGuard] | None = None
+        # C++ for steps like the one that was recorded.
+        self._quick: Any = None
         self._hooks, self._modules = ModuleGuard(model), list(model.modules())
         # Plain steps in a row that were alike: the first of them makes what the optimizer keeps, so it takes one at least.
         self._num_alike = 0
@@ -118,6 +156,11 @@ class GraphedTrainStep:
         """One step on `inputs`; returns the loss, detached and in memory of its own."""
         if self._refused or self._recorder.busy():
             return self._plain(*inputs)
+        if self._quick is not None and self._graph is not None:
+            loss = self._quick.run(inputs, {})
+            if loss is not NotImplemented:
+                self._graph.give_gradients()
+                return loss
         call = describe(inputs, {})
         why = self._straight_through(call)
         if why is not None:
@@ -239,6 +282,7 @@ class GraphedTrainStep:
         watch.restore()
         self._graph, self._signature = graph, signature
         self._guards = (ModuleGuard(self._model), OptimizerGuard(self._optimizer))
+        self._quick = graph.quick(inputs, self._guards)
         # Timed as the caller will have it, guards included.
         margin = self._terms.min_speedup
         timed = self._recorder.compare(lambda: self._plain(*inputs), lambda: self(*inputs), watch.restore, margin)
@@ -250,7 +294,8 @@ class GraphedTrainStep:
         if keep and not self._terms.repays(analysis.capture_s, analysis.saved_ms):
             keep, reason = False, f"{reason}; {self._terms.payback_calls} steps would not repay {analysis.capture_s:.2f} s of capture"
         if not keep:
-            self._refused, self._graph, self._guards = True, None, None
+            self._let_go()
+            self._refused = True
         self.decisions.append({**analysis.row(), "captured": keep, "reason": f"replay is {'kept' if keep else 'not kept'}: {reason}"})
 
     def _seen(self, before: tuple[Any, ...], call: Call, watch: WriteWatch) -> str | None:
@@ -268,13 +313,19 @@ class GraphedTrainStep:
         return None
 
     def _drop(self, reason: str, call: Call) -> None:
-        self._graph = self._guards = None
+        self._let_go()
         self._hooks, self._modules = ModuleGuard(self._model), list(self._model.modules())
         self.decisions.append({"inputs": shown(call), "captured": False, "reason": f"graph dropped: {reason}"})
 
     def _refuse(self, call: Call, reason: str) -> None:
-        self._refused, self._graph, self._guards = True, None, None
+        self._let_go()
+        self._refused = True
         self.decisions.append({"inputs": shown(call), "captured": False, "reason": reason})
+
+    def _let_go(self) -> None:
+        if self._quick is not None:
+            self._quick.close()
+        self._graph = self._guards = self._quick = None
 
     def _note(self, reason: str, call: Call) -> None:
         """Says once that steps are plain, and why."""

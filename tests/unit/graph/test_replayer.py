@@ -47,6 +47,8 @@ class Call:
             "others": [],
             "addresses": [],
             "empty": [],
+            "sizes": [],
+            "trained": [],
             "code_first": True,
             "tensors_first": True,
             "play": self.play,

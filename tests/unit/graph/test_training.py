@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from kernel_pytorch.choices import GraphDeploymentStrategy
 from kernel_pytorch.errors import UnsupportedOperationError
+from kernel_pytorch.graph import replayer
 from kernel_pytorch.graph.optimizer_state import refusal
 from kernel_pytorch.graph.training import GraphedTrainStep
 
@@ -27,6 +28,13 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     # Fused: on a CPU the others wait for the step count.
     "adamw": lambda params: torch.optim.AdamW(params, lr=1e-2, fused=True),
 }
+
+
+@pytest.fixture(autouse=True, params=["C++", "Python"])
+def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no compiler, Python does all of it."""
+    if request.param == "Python":
+        monkeypatch.setattr(replayer, "replayer_class", lambda: (None, "for this test"))
 
 
 def network() -> nn.Module:
@@ -334,3 +342,60 @@ def test_the_package_names_it_without_importing_torch() -> None:
     code = "import sys, kernel_pytorch.graph as g; print('torch' in sys.modules, g.GraphedTrainStep.__name__)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert found.split() == ["False", "GraphedTrainStep"]
+
+
+def _set(name: str, value: Any) -> Callable[[nn.Module, torch.optim.Optimizer], Any]:
+    return lambda _, optimizer: optimizer.param_groups[0].__setitem__(name, value)
+
+
+def _other_state(_: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    state = next(iter(optimizer.state.values()))
+    state["exp_avg"] = state["exp_avg"].clone()
+
+
+LOOKED_AT: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Any]] = {
+    "another rate": _set("lr", 0.5),
+    "other betas": _set("betas", (0.5, 0.6)),
+    "maximize": _set("maximize", True),
+    "a key more": _set("mine", 1),
+    "a frozen parameter": lambda model, _: model[0].weight.requires_grad_(False),
+    "a parameter elsewhere": lambda model, _: setattr(model[0].weight, "data", model[0].weight.data.clone()),
+    "a parameter replaced": lambda model, _: setattr(model[0], "weight", nn.Parameter(model[0].weight.detach().clone())),
+    "a parameter more": lambda _, optimizer: optimizer.param_groups[0]["params"].append(nn.Parameter(torch.ones(1))),
+    "a group more": lambda _, optimizer: optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]}),
+    "other parameters": lambda _, optimizer: optimizer.param_groups[0]["params"].reverse(),
+    "other state": _other_state,
+    "no state": lambda _, optimizer: optimizer.state.clear(),
+    "a state of its own": lambda _, optimizer: setattr(optimizer, "state", copy.copy(optimizer.state)),
+    "a hook": lambda model, _: model[0].register_forward_hook(lambda *_: None),
+    "a hook of the optimizer": lambda _, optimizer: optimizer.register_step_post_hook(lambda *_: None),
+    "eval": lambda model, _: model.eval(),
+    "a module more": lambda model, _: model.append(nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("name", LOOKED_AT)
+def test_a_step_is_left_to_python_after_each_change(start: Start, name: str) -> None:
+    pair = start("adamw")
+    for index in range(4):
+        pair.run(*batch(index))
+    quick = pair.step._quick
+    if replayer.replayer_class()[0] is None:
+        assert quick is None
+        return
+    torch.manual_seed(0)
+    assert quick.run(batch(0), {}) is not NotImplemented
+    assert quick.run(batch(0, 3), {}) is NotImplemented
+    with torch.no_grad():
+        assert quick.run(batch(0), {}) is NotImplemented
+    LOOKED_AT[name](pair.model, pair.optimizer)
+    assert quick.run(batch(0), {}) is NotImplemented
+
+
+def test_a_setting_that_may_change_inside_stays_with_python(start: Start) -> None:
+    pair = start("adamw")
+    pair.both(lambda _, optimizer: optimizer.param_groups[0].__setitem__("mine", [1]))
+    for index in range(4):
+        pair.run(*batch(index))
+    assert pair.step.decisions[-1]["captured"]
+    assert pair.step._quick is None
