@@ -17,7 +17,7 @@ from kernel_pytorch.graph.manager import CUDAGraphManager
 from kernel_pytorch.graph.replayer import quick_replay
 from kernel_pytorch.graph.signature import pointers
 from kernel_pytorch.graph.trial import Trial
-from kernel_pytorch.graph.worlds import Worlds
+from kernel_pytorch.graph.worlds import World, Worlds
 
 # Calls in a row that are not even described, after others like them could not be recorded.
 _MAX_SKIPPED = 1023
@@ -90,9 +90,8 @@ class GraphedCall:
             return False, None
         try:
             world = self._worlds.now
-            result = NotImplemented if self._suspicious else world.answer(args, kwargs)
+            result = self._at_once(world, args, kwargs)
             if result is not NotImplemented:
-                self._num_refused = 0
                 return True, result
             kind, tensors = world.known(args, kwargs)
             graph = None if kind is None or kind.refusal is not None else kind.find(tensors, ())
@@ -119,10 +118,8 @@ class GraphedCall:
     def _answered(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
         """Whether the call was made, and what it returned. What is decided about nearly all calls is found here."""
         world = self._worlds.now
-        # Graphs for other states of the model are not tried: they might be replayed before it is looked at.
-        result = NotImplemented if self._suspicious else world.answer(args, kwargs)
+        result = self._at_once(world, args, kwargs)
         if result is not NotImplemented:
-            self._num_refused = 0
             return True, result
         kind, tensors = world.known(args, kwargs)
         if kind is not None:
@@ -141,6 +138,14 @@ class GraphedCall:
                     world.quicken(kind, graph, args, kwargs)
                     return True, result
         return self._considered(args, kwargs)
+
+    def _at_once(self, world: World, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call by C++, or NotImplemented. Graphs for other states of the model are not tried: they might be replayed before it is
+        looked at."""
+        result = NotImplemented if self._suspicious else world.answer(args, kwargs)
+        if result is not NotImplemented:
+            self._num_refused = 0
+        return result
 
     def _checked(self, kind: Kind, graph: Graph, tensors: list[torch.Tensor]) -> tuple[bool, Any]:
         """The replay, unless the model is not what it was. Where a replay of the wrong thing does no harm, the model is looked
