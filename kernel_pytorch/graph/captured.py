@@ -27,7 +27,8 @@ class Graph:
     by_value: arguments on the host whose values are frozen in. pure: a replay writes nothing that was there before and draws
     no random numbers, so that one too many does no harm. repeatable: a second replay writes and returns what the first did, so
     that one with wrong weights is put right by the call that follows. copies_cost: the replay was timed so much slower than one
-    that copies nothing in that addresses which come back are to have graphs of their own."""
+    that copies nothing in that addresses which come back are to have graphs of their own.
+    is_plain: nothing of it needs Python in every call. quick: the C++ half; quick_tried: whether one was asked for."""
 
     def __init__(
         self,
@@ -47,8 +48,6 @@ class Graph:
         self._host = host
         self.places = call.places()
         self.pointers = pointers(call.tensors)
-        # Of those, the one that was elsewhere when last looked at: what moves moves again.
-        self._moves: int | None = None
         self.fixed = [i for i in range(len(call.tensors)) if i not in buffers and i not in by_value]
         self.by_value = {i: call.tensors[i].clone() for i in by_value}
         self._copies = [i for i in buffers if host is None or i not in host.buffers]
@@ -59,7 +58,6 @@ class Graph:
         own = {tensor.untyped_storage()._cdata for tensor in (*static, *call.tensors)}
         self._keep = (call.objects, [storage for key, storage in watch.found.items() if key not in own])
         leaves, self.spec = tree_flatten(recording.output)
-        self._is_leaf = self.spec.is_leaf()
         self._sources = [self._source(leaf, call, static, arguments, watch) for leaf in leaves]
         # Arguments that come back are not held.
         self._leaves: list[Any] = [leaf if type(source) is str else None for leaf, source in zip(leaves, self._sources, strict=True)]
@@ -114,14 +112,9 @@ class Graph:
 
     def fits(self, tensors: list[torch.Tensor], places: tuple[Any, ...]) -> bool:
         """Whether this graph computes the call: its kind is known to fit."""
-        if self._moves is not None and tensors[self._moves].data_ptr() != self.pointers[self._moves]:
-            return False
         if self.fixed and not at_addresses(tensors, self.pointers, self.fixed):
-            self._moves = next(i for i in self.fixed if tensors[i].data_ptr() != self.pointers[i])
             return False
-        if places != self.places:
-            return False
-        return not self.by_value or all(same_bits(tensors[i], value) for i, value in self.by_value.items())
+        return places == self.places and all(same_bits(tensors[i], value) for i, value in self.by_value.items())
 
     def fill(self, tensors: list[torch.Tensor]) -> None:
         """Copies in what does not stay where it is."""
@@ -136,7 +129,7 @@ class Graph:
         """Replays, once it is filled, and copies out."""
         self.recording.replay()
         outputs = [self._output(leaf, source, tensors) for leaf, source in zip(self._leaves, self._sources, strict=True)]
-        return outputs[0] if self._is_leaf else tree_unflatten(outputs, self.spec)
+        return outputs[0] if self.spec.is_leaf() else tree_unflatten(outputs, self.spec)
 
     def run(self, tensors: list[torch.Tensor]) -> Any:
         self.fill(tensors)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from operator import attrgetter, getitem, is_
 from typing import Any
@@ -10,11 +9,13 @@ from typing import Any
 import torch
 from torch.optim import LBFGS, Optimizer
 
+from kernel_pytorch.graph.replayer import Looks
+from kernel_pytorch.graph.state import READ_BY_C
+
 _REQUIRES_GRAD = attrgetter("requires_grad")
 _SAMPLED = 16
-# Values that are what they were while they are the same object, and containers that C++ may read as they are.
+# Values that are what they were while they are the same object.
 _CONSTANT = (bool, int, float, complex, str, type(None))
-_READ_BY_C = frozenset({dict, defaultdict, OrderedDict, list})
 
 
 def refusal(optimizer: Optimizer, device: torch.device) -> str | None:
@@ -76,9 +77,8 @@ class OptimizerGuard:
         self._parameters = [list(group["params"]) for group in optimizer.param_groups]
         self._trained = [list(map(_REQUIRES_GRAD, params)) for params in self._parameters]
 
-    def looks(self) -> tuple[list[tuple[Any, Any, Any]], list[tuple[torch.Tensor, int]], list[Any], list[Any], list[Any]] | None:
-        """What `broken`, `recorded_values` and `has_hooks` look at, as replayer.py's `Looks` has it from `others` on; None where it is
-        more than identities, addresses and sizes."""
+    def looks(self) -> Looks | None:
+        """What `broken`, `recorded_values` and `has_hooks` look at; None where it is more than identities, addresses and sizes."""
         optimizer, (state, groups) = self._optimizer, self._owners
         others = [(vars(optimizer), "state", state), (vars(optimizer), "param_groups", groups)]
         others += list(zip(self._containers, self._keys, self._tensors, strict=True))
@@ -98,9 +98,9 @@ class OptimizerGuard:
                 elif not all(isinstance(item, _CONSTANT) for item in (value if isinstance(value, tuple) else (value,))):
                     return None
         empty = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
-        if not _READ_BY_C.issuperset(map(type, [vars(optimizer), *empty, *(container for container, *_ in (*others, *sizes))])):
+        if not READ_BY_C.issuperset(map(type, [vars(optimizer), *empty, *(container for container, *_ in (*others, *sizes))])):
             return None
-        return others, addresses, empty, sizes, trained
+        return Looks(others=others, addresses=addresses, empty=empty, sizes=sizes, trained=trained)
 
     def broken(self) -> str | None:
         """What changed since, or None. Runs before every replay, so it stays in C where it can."""

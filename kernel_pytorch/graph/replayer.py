@@ -10,7 +10,7 @@ import functools
 import importlib.machinery
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,17 +107,20 @@ class Looks:
     """What must be as it was. others: (container, key, value). addresses: tensors, with theirs. empty: dicts of hooks. sizes: lists and
     dicts, with theirs. trained: parameters, with whether they require gradients. code, children: as ModuleGuard.code gives them."""
 
-    code: list[tuple[Any, Any, Any]]
-    children: list[tuple[dict[str, Any], list[str], list[Any]]]
-    others: list[tuple[Any, Any, Any]]
-    addresses: list[tuple[torch.Tensor, int]]
-    empty: list[Any]
+    code: list[tuple[Any, Any, Any]] = field(default_factory=list)
+    children: list[tuple[dict[str, Any], list[str], list[Any]]] = field(default_factory=list)
+    others: list[tuple[Any, Any, Any]] = field(default_factory=list)
+    addresses: list[tuple[torch.Tensor, int]] = field(default_factory=list)
+    empty: list[Any] = field(default_factory=list)
     sizes: list[tuple[Any, int]] = field(default_factory=list)
     trained: list[tuple[torch.Tensor, bool]] = field(default_factory=list)
 
     @classmethod
     def of(cls, guard: ModuleGuard) -> Looks:
         return cls(*guard.code(), *guard.tensors())
+
+    def __add__(self, other: Looks) -> Looks:
+        return Looks(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
 
 
 def configured(
@@ -151,13 +154,7 @@ def configured(
         in_place=in_place,
         copies=copies,
         modes=[(read, given, then) for (read, given), then in zip(MODES, modes(), strict=True)],
-        code=looks.code,
-        children=looks.children,
-        others=looks.others,
-        addresses=looks.addresses,
-        empty=looks.empty,
-        sizes=looks.sizes,
-        trained=looks.trained,
+        **{part.name: getattr(looks, part.name) for part in fields(looks)},
         code_first=code_first,
         tensors_first=tensors_first,
         play=play,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from gc import get_referents
 from operator import getitem, is_, itemgetter
@@ -25,7 +25,7 @@ _TRAINING = itemgetter("training")
 HOST_BYTES = 2**20
 
 # Containers whose items are what C finds in them: a class of someone's own may give others.
-_READ_BY_C = frozenset({dict, OrderedDict, list})
+READ_BY_C = frozenset({dict, defaultdict, OrderedDict, list})
 
 _COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._foreach_copy_.default)
 
@@ -235,7 +235,7 @@ class ModuleGuard:
     def is_plain(self) -> bool:
         """Whether identities, order and addresses are all there is to look at, in containers that are read as C reads them."""
         containers = [*self._dicts, *self._containers, *self._hooks, *(slot[0] for slot in self.slots)]
-        return not self._by_value and not self._scripted and _READ_BY_C.issuperset(map(type, containers))
+        return not self._by_value and not self._scripted and READ_BY_C.issuperset(map(type, containers))
 
     def code(self) -> tuple[list[tuple[Any, Any, Any]], list[tuple[dict[str, Any], list[str], list[Any]]]]:
         """What `other_code` looks at, if `is_plain`: (container, key, value), and dicts with the keys and values that are in them, in

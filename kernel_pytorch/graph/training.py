@@ -71,23 +71,12 @@ class _RecordedStep:
         of_optimizer = guards[1].looks()
         if of_optimizer is None or not guards[0].is_plain:
             return None
-        of_model = Looks.of(guards[0])
-        others, addresses, empty, sizes, trained = of_optimizer
-        looks = Looks(
-            of_model.code,
-            of_model.children,
-            of_model.others + others,
-            of_model.addresses + addresses,
-            of_model.empty + empty,
-            sizes,
-            trained,
-        )
         # Everything is looked at first: one step too many does harm.
         return configured(
             inputs,
             {},
             self._recorder,
-            looks,
+            Looks.of(guards[0]) + of_optimizer,
             in_place=[],
             copies=list(enumerate(self._static)),
             code_first=True,

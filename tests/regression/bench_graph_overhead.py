@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from torch._utils import _get_device_index
 from kernel_pytorch.backends.cpu import CpuBackend
 from kernel_pytorch.choices import GraphDeploymentStrategy
 from kernel_pytorch.engine.apply import Built, enter_contexts
+from kernel_pytorch.graph import GraphedTrainStep, replayer
 from kernel_pytorch.graph.capture import graph_calls
 from kernel_pytorch.graph.manager import CUDAGraphManager
 from kernel_pytorch.graph.recorder import CudaRecorder, Recording
@@ -126,6 +128,23 @@ class Layers(nn.Module):
         return x
 
 
+def timed(recorder: NoDevice, call: Callable[..., Any], calls: list[tuple[Any, ...]]) -> tuple[float, float]:
+    """Microseconds a call until the device would have its graph, and until the caller has its outputs."""
+    before = whole = 0.0
+    for args in calls:
+        start = time.perf_counter()
+        call(*args)
+        whole += time.perf_counter() - start
+        before += recorder.launched - start
+    return before / len(calls) * 1e6, whole / len(calls) * 1e6
+
+
+def say(name: str, model: nn.Module, rounds: list[tuple[float, float]]) -> None:
+    least = [min(column) for column in zip(*rounds, strict=True)]
+    num_modules, num_parameters = len(list(model.modules())), len(list(model.parameters()))
+    print(f"{name:44s} {num_modules:4d} modules {num_parameters:4d} parameters: before {least[0]:6.1f} us, all {least[1]:6.1f} us")
+
+
 def measure(
     name: str, model: nn.Module, args: tuple[Any, ...], *, moving: tuple[int, ...] = (), inside: bool = True, engine: bool = True
 ) -> None:
@@ -139,20 +158,12 @@ def measure(
         for _ in range(20):
             model(*(arg.clone() if i in moving else arg for i, arg in enumerate(args)))
         assert graphed.manager.statistics["replays"] >= 18
-        rounds: list[tuple[float, float]] = []
-        for _ in range(_ROUNDS):
-            calls = [tuple(arg.clone() if i in moving else arg for i, arg in enumerate(args)) for _ in range(_CALLS)]
-            before = whole = 0.0
-            for call in calls:
-                start = time.perf_counter()
-                model(*call)
-                whole += time.perf_counter() - start
-                before += recorder.launched - start
-            rounds.append((before / _CALLS * 1e6, whole / _CALLS * 1e6))
+        rounds = [
+            timed(recorder, model, [tuple(arg.clone() if i in moving else arg for i, arg in enumerate(args)) for _ in range(_CALLS)])
+            for _ in range(_ROUNDS)
+        ]
         assert graphed.manager.statistics["straight_calls"] <= 2
-    least = [min(column) for column in zip(*rounds, strict=True)]
-    num_modules, num_parameters = len(list(model.modules())), len(list(model.parameters()))
-    print(f"{name:44s} {num_modules:4d} modules {num_parameters:4d} parameters: before {least[0]:6.1f} us, all {least[1]:6.1f} us")
+    say(name, model, rounds)
 
 
 def measure_refused(name: str, model: nn.Module, args: tuple[Any, ...]) -> None:
@@ -173,9 +184,25 @@ def measure_refused(name: str, model: nn.Module, args: tuple[Any, ...]) -> None:
     print(f"{name:44s} plain {least[0]:.1f} us, through the GraphedCall {least[1]:.1f} us")
 
 
+def measure_step(name: str) -> None:
+    """A training step, which is looked at before the launch only: a small convolutional network with AdamW."""
+    blocks = [layer for _ in range(5) for layer in (nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())]
+    model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    recorder, args = NoDevice(), (torch.randn(2, 4, 8, 8), torch.tensor([0, 1]))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    step = GraphedTrainStep(model, optimizer, lambda model, x, y: nn.functional.cross_entropy(model(x), y), recorder=recorder)
+    for _ in range(20):
+        step(*args)
+    assert [row["captured"] for row in step.decisions] == [True], step.decisions
+    say(name, model, [timed(recorder, step, [args] * _CALLS) for _ in range(_ROUNDS)])
+
+
 def main() -> None:
     torch.set_num_threads(1)
     stand_in()
+    measure_step("a training step")
+    with mock.patch.object(replayer, "replayer_class", return_value=(None, "")):
+        measure_step("a training step, in Python")
     ids = torch.zeros(1, 128, dtype=torch.int64)
     cache = tuple((torch.zeros(1, 2, 8, 4), torch.zeros(1, 2, 8, 4)) for _ in range(32))
     decode = (torch.ones(1, 2, 1, 4), cache, torch.tensor([1]))
