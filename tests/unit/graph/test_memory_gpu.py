@@ -117,7 +117,8 @@ def _inside(segment: dict[str, Any], tensor: torch.Tensor) -> bool:
 
 
 def test_buffers_let_go_of_while_another_stream_uses_them_are_nobodys() -> None:
-    model = nn.ReLU()
+    # Long enough for a copy to cost little beside it, or addresses that come back would get graphs of their own.
+    model = nn.Sequential(*(nn.ReLU() for _ in range(24)))
     graphed = wrap(model)
     xs = [torch.randn(2**20, device="cuda") for _ in range(3)]
     for x in xs:
@@ -150,7 +151,9 @@ def test_a_model_on_another_device_is_not_recorded() -> None:
     for _ in range(3):
         x = torch.randn(64, 256, device="cuda:1")
         assert torch.equal(model(x), model.forward(x))
-    assert [decision["captured"] for decision in graphed.decisions] == [False]
+    # Its submodules are tried one by one after it: those of a model on two devices may be on this one.
+    assert graphed.decisions[0]["reason"] == "the call uses memory of cuda:1; graphs are made on cuda:0"
+    assert not any(decision["captured"] for decision in graphed.decisions)
 
 
 def test_host_memory_that_the_call_makes_is_not_read_again_after_it() -> None:
