@@ -45,13 +45,13 @@ class Graph:
     ) -> None:
         self.number = next(_numbers)
         self.recording, self.buffers, self.pure, self.repeatable = recording, buffers, pure, repeatable
-        self._host = host
+        self.host = host
         self.places = call.places()
         self.pointers = pointers(call.tensors)
         self.fixed = [i for i in range(len(call.tensors)) if i not in buffers and i not in by_value]
         self.by_value = {i: call.tensors[i].clone() for i in by_value}
-        self._copies = [i for i in buffers if host is None or i not in host.buffers]
-        self._into = [buffers[i] for i in self._copies]
+        self.copies = [i for i in buffers if host is None or i not in host.buffers]
+        self._into = [buffers[i] for i in self.copies]
         arguments = {tensor.untyped_storage()._cdata: i for i, tensor in enumerate(static)}
         # Memory that the recording reads by address: held, so that it cannot become someone else's. Arguments are not: a
         # graph is for their addresses, whoever is there.
@@ -68,7 +68,7 @@ class Graph:
         self.copies_cost = False
         self.quick: QuickReplay | None = None
         self.quick_tried = False
-        self.is_plain = host is None and not by_value and not self.places
+        self.is_plain = not by_value and not self.places
 
     def _source(self, leaf: Any, call: Call, static: list[torch.Tensor], arguments: dict[int, int], watch: WriteWatch) -> Any:
         """Where an output comes from: an argument's number, a view of an argument, the `same` object every time, a `clone`."""
@@ -118,12 +118,12 @@ class Graph:
 
     def fill(self, tensors: list[torch.Tensor]) -> None:
         """Copies in what does not stay where it is."""
-        if len(self._copies) == 1:
-            self._into[0].copy_(tensors[self._copies[0]])
-        elif self._copies:
-            copy_all(self._into, [tensors[i] for i in self._copies])
-        if self._host is not None:
-            self._host.send(tensors)
+        if len(self.copies) == 1:
+            self._into[0].copy_(tensors[self.copies[0]])
+        elif self.copies:
+            copy_all(self._into, [tensors[i] for i in self.copies])
+        if self.host is not None:
+            self.host.send(tensors)
 
     def launch(self, tensors: list[torch.Tensor]) -> Any:
         """Replays, once it is filled, and copies out."""

@@ -170,7 +170,9 @@ class GraphedCall:
         return True, result
 
     def _rehearse(self, kind: Kind, graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A replay with everything that a call does around it."""
+        """A replay with everything that a call does around it: arguments on the host count as changed."""
+        if graph.host is not None:
+            graph.host.forget()
         quick = quick_replay(kind, graph, self._worlds.now.guard, self._recorder, args, kwargs)
         result = NotImplemented if quick is None else quick.run(args, kwargs)
         if result is not NotImplemented:

@@ -8,7 +8,6 @@ multiplication by its inverse), so the same up to a few roundings."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,52 +32,56 @@ def can_be_sent(tensor: torch.Tensor) -> bool:
 class HostArguments:
     """Device memory that stands for arguments on the host: all of them are sent at once, and only when one has another value.
 
-    buffers: what stands for argument i, contiguous."""
+    buffers: what stands for argument i, contiguous. sent: int64 [1], the number of the block that was sent last, -1 for none; replayer.cpp
+    sends too."""
 
     def __init__(self, recorder: Recorder, tensors: list[torch.Tensor], which: list[int]) -> None:
         self._recorder, self._which = recorder, which
         ends = list(itertools.accumulate(-(-max(tensors[i].nbytes, 1) // _ALIGNMENT) * _ALIGNMENT for i in which))
-        self._starts = [0, *ends[:-1]]
+        self.starts = [0, *ends[:-1]]
         self._like = [(tensors[i].shape, tensors[i].dtype) for i in which]
-        self._device = torch.zeros(ends[-1], dtype=torch.uint8, device=recorder.device)
-        self.buffers = dict(zip(which, self._views(self._device), strict=True))
-        blocks = [recorder.pinned(ends[-1]) for _ in range(_BLOCKS)]
-        self._blocks = [(block, self._views(block)) for block in blocks]
-        self._marks: list[Callable[[], object]] = [bool] * _BLOCKS
-        self._number = 0
-        self._sent: list[Any] | None = None
+        self.device = torch.zeros(ends[-1], dtype=torch.uint8, device=recorder.device)
+        self.buffers = dict(zip(which, self._views(self.device), strict=True))
+        self.blocks = [recorder.pinned(ends[-1]) for _ in range(_BLOCKS)]
+        self._in_blocks = [self._views(block) for block in self.blocks]
+        self.marks = recorder.marks(_BLOCKS)
+        self.sent = torch.full((1,), -1, dtype=torch.int64, device="cpu")
 
     def send(self, tensors: list[torch.Tensor]) -> None:
         """Copies the arguments in, in the current stream's order; they may be changed as soon as this returns."""
-        values = [_value(tensors[i]) for i in self._which]
-        if self._sent is not None and all(map(_equal, values, self._sent)):
+        given, last = [tensors[i] for i in self._which], int(self.sent)
+        if last >= 0 and all(map(_equal, given, self._in_blocks[last])):
             return
-        self._number = (self._number + 1) % _BLOCKS
-        block, views = self._blocks[self._number]
-        self._marks[self._number]()
-        for view, index in zip(views, self._which, strict=True):
-            view.copy_(tensors[index])
-        self._device.copy_(block, non_blocking=True)
-        self._marks[self._number] = self._recorder.mark()
-        self._sent = [view if isinstance(value, torch.Tensor) else value for view, value in zip(views, values, strict=True)]
+        number = (last + 1) % _BLOCKS
+        if self.marks:
+            self.marks[number].synchronize()
+        for view, tensor in zip(self._in_blocks[number], given, strict=True):
+            view.copy_(tensor)
+        self.device.copy_(self.blocks[number], non_blocking=True)
+        if self.marks:
+            self._recorder.put(self.marks[number])
+        self.sent.fill_(number)
+
+    def forget(self) -> None:
+        """The next call sends, whatever its values are."""
+        self.sent.fill_(-1)
+
+    def rows(self, tensors: list[torch.Tensor]) -> list[tuple[int, int]] | None:
+        """Number and place of every argument, for one who copies their memory as it is; None where that is not their values in order."""
+        plain = all(tensors[i].is_contiguous() and not tensors[i].is_conj() and not tensors[i].is_neg() for i in self._which)
+        return list(zip(self._which, self.starts, strict=True)) if plain else None
 
     def _views(self, block: torch.Tensor) -> list[torch.Tensor]:
         sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self._like]
-        parts = [block[start : start + size] for start, size in zip(self._starts, sizes, strict=True)]
+        parts = [block[start : start + size] for start, size in zip(self.starts, sizes, strict=True)]
         return [part.view(dtype).view(shape) for part, (shape, dtype) in zip(parts, self._like, strict=True)]
 
 
-def _value(tensor: torch.Tensor) -> Any:
-    """What tells whether an argument changed: a number, whole numbers, or None where that costs more than sending."""
+def _equal(tensor: torch.Tensor, sent: torch.Tensor) -> bool:
+    """Whether an argument need not be sent: looking at many floating-point numbers costs more than sending them."""
     if tensor.numel() == 1:
-        return value_key(tensor.item())
-    return None if tensor.is_floating_point() or tensor.is_complex() else tensor
-
-
-def _equal(value: Any, sent: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return torch.equal(value, sent)
-    return value is not None and value == sent
+        return value_key(tensor.item()) == value_key(sent.item())
+    return not (tensor.is_floating_point() or tensor.is_complex()) and torch.equal(tensor, sent)
 
 
 class HostState:

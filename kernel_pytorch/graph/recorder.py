@@ -77,9 +77,13 @@ class Recorder(ABC):
         """Host memory, uint8, that the device copies from without the host waiting."""
         return torch.empty(num_bytes, dtype=torch.uint8)
 
-    def mark(self) -> Callable[[], object]:
-        """A call that returns once everything is done that the current stream was given until now."""
-        return bool
+    def marks(self, number: int) -> list[torch.Event]:
+        """Events that tell when the device is done with what it was given before each; none where nothing runs ahead."""
+        return []
+
+    def put(self, mark: torch.Event) -> None:
+        """After what the current stream was given until now."""
+        mark.record()
 
     def free_bytes(self) -> int | None:
         """Device memory that may still be taken; None when unknown."""
@@ -248,10 +252,11 @@ class CudaRecorder(Recorder):
     def pinned(self, num_bytes: int) -> torch.Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
-    def mark(self) -> Callable[[], object]:
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
-        return event.synchronize
+    def marks(self, number: int) -> list[torch.Event]:
+        return [torch.Event(self.device) for _ in range(number)]
+
+    def put(self, mark: torch.Event) -> None:
+        mark.record(torch.cuda.current_stream(self.device))
 
     def free_bytes(self) -> int | None:
         free, _ = torch.cuda.mem_get_info(self.device)

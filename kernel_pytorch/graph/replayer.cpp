@@ -7,6 +7,7 @@
 #include <ATen/ops/as_strided.h>
 #include <ATen/ops/clone.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/csrc/Event.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -270,6 +271,73 @@ class WithoutGil {
   PyThreadState* state_;
 };
 
+// Arguments on the host, which placement.HostArguments sends to the device in one block when one of them has another value. Python sends
+// too: the blocks, which of them was sent last, and the events that tell that the device has read one are the same.
+struct Host {
+  // Of each argument: its number, and where it lies in a block.
+  std::vector<std::pair<size_t, size_t>> places;
+  std::vector<at::Tensor> blocks;
+  at::Tensor device, sent;
+  // One a block, or none where nothing runs ahead.
+  std::vector<Ref> marks;
+
+  // Where the block that was sent last has the same bits, nothing is left to do.
+  template <typename At>
+  bool was_sent(int64_t last, const At& at) const {
+    if (last < 0 || last >= static_cast<int64_t>(blocks.size())) return false;
+    const char* block = static_cast<const char*>(blocks[last].const_data_ptr());
+    for (const auto& [index, start] : places) {
+      const at::Tensor& tensor = at(index);
+      if (tensor.nbytes() != 0 && std::memcmp(block + start, tensor.const_data_ptr(), tensor.nbytes()) != 0) return false;
+    }
+    return true;
+  }
+
+  template <typename At>
+  void send(const At& at) const {
+    if (places.empty()) return;
+    int64_t& last = *sent.mutable_data_ptr<int64_t>();
+    if (was_sent(last, at)) return;
+    const size_t next = static_cast<size_t>(last + 1) % blocks.size();
+    const WithoutGil without;
+    if (!marks.empty()) event(next).synchronize();
+    char* block = static_cast<char*>(blocks[next].mutable_data_ptr());
+    for (const auto& [index, start] : places) {
+      const at::Tensor& tensor = at(index);
+      if (tensor.nbytes() != 0) std::memcpy(block + start, tensor.const_data_ptr(), tensor.nbytes());
+    }
+    at::Tensor into = device;
+    into.copy_(blocks[next], true);
+    if (!marks.empty()) event(next).record(c10::impl::VirtualGuardImpl(device.device().type()).getStream(device.device()));
+    last = static_cast<int64_t>(next);
+  }
+
+  c10::Event& event(size_t index) const { return reinterpret_cast<THPEvent*>(marks[index].get())->event; }
+
+  static Host parse(PyObject* row) {
+    Host host;
+    for (Py_ssize_t i = 0; i < length(item(row, 0)); ++i) {
+      PyObject* place = item(item(row, 0), i);
+      host.places.emplace_back(static_cast<size_t>(number(item(place, 0))), static_cast<size_t>(number(item(place, 1))));
+    }
+    for (Py_ssize_t i = 0; i < length(item(row, 1)); ++i) host.blocks.push_back(tensor_of(item(item(row, 1), i)));
+    host.device = tensor_of(item(row, 2));
+    host.sent = tensor_of(item(row, 3));
+    TORCH_CHECK_VALUE(host.sent.scalar_type() == at::kLong && host.sent.is_cpu() && host.sent.numel() == 1, "sent is not a number on the host");
+    TORCH_CHECK_VALUE(!host.blocks.empty(), "there is no block to send");
+    for (Py_ssize_t i = 0; i < length(item(row, 4)); ++i) {
+      PyObject* mark = item(item(row, 4), i);
+      if (!THPEvent_Check(mark)) {
+        PyErr_SetString(PyExc_TypeError, "an event was expected");
+        throw Raised();
+      }
+      host.marks.push_back(Ref::to(mark));
+    }
+    TORCH_CHECK_VALUE(host.marks.empty() || host.marks.size() == host.blocks.size(), "each block has an event, or none has");
+    return host;
+  }
+};
+
 // The tensors of the call that is being answered, held: other threads may change the caller's lists meanwhile.
 using Leaves = std::vector<Ref>;
 
@@ -280,6 +348,7 @@ struct Replay {
   std::vector<std::pair<size_t, uintptr_t>> in_place;
   std::vector<size_t> copied;
   std::vector<at::Tensor> buffers;
+  Host host;
   std::vector<Mode> modes;
   std::vector<Slot> code, others;
   std::vector<Children> children;
@@ -460,6 +529,7 @@ struct Replay {
     }
     // The device copies inputs in, into memory of the graph's own, while the model is looked at.
     fill(leaves);
+    host.send([&](size_t index) -> const at::Tensor& { return THPVariable_Unpack(leaves[index].get()); });
     if (code_first && !same_code()) return nullptr;
     if (tensors_first && !same_tensors()) return nullptr;
     Ref::taking(checked(PyObject_CallNoArgs(play.get())));
@@ -475,6 +545,14 @@ struct Replay {
     TORCH_CHECK_VALUE(metas.size() == num_leaves, metas.size(), " tensors are given, the arguments have ", num_leaves);
     for (const auto& [index, at] : in_place) TORCH_CHECK_INDEX(index < num_leaves, "in_place: there is no argument ", index);
     for (const size_t index : copied) TORCH_CHECK_INDEX(index < num_leaves, "copies: there is no argument ", index);
+    for (const auto& [index, start] : host.places) {
+      TORCH_CHECK_INDEX(index < num_leaves, "host: there is no argument ", index);
+      const Meta& meta = metas[index];
+      const size_t size = c10::multiply_integers(meta.sizes) * c10::elementSize(meta.dtype);
+      for (const at::Tensor& block : host.blocks) {
+        TORCH_CHECK_VALUE(meta.device.is_cpu() && start + size <= block.nbytes(), "host: argument ", index, " does not lie in its block");
+      }
+    }
     for (const Output& source : outputs) {
       const bool given = source.kind == Output::Kind::argument || source.kind == Output::Kind::view;
       TORCH_CHECK_INDEX(!given || source.index < num_leaves, "outputs: there is no argument ", source.index);
@@ -510,6 +588,7 @@ struct Replay {
     for (const Trained& parameter : trained) Py_VISIT(parameter.tensor.get());
     for (const Ref& hooks : empty) Py_VISIT(hooks.get());
     for (const Output& source : outputs) Py_VISIT(source.object.get());
+    for (const Ref& mark : host.marks) Py_VISIT(mark.get());
     return 0;
   }
 };
@@ -598,6 +677,7 @@ PyObject* configure(PyObject* self, PyObject*, PyObject* given) {
       replay.copied.push_back(static_cast<size_t>(number(item(row, 0))));
       replay.buffers.push_back(tensor_of(item(row, 1)));
     }
+    if (PyObject* given_host = value("host"); given_host != Py_None) replay.host = Host::parse(given_host);
     PyObject* modes = value("modes");
     for (Py_ssize_t i = 0; i < length(modes); ++i) {
       PyObject* row = item(modes, i);

@@ -1,7 +1,7 @@
 """The C++ half of a GraphedCall (replayer.cpp): a call like the one that a graph was found for is checked and replayed without Python.
 
-It answers less than Python does, never other than Python would: graphs with arguments on the host, objects as arguments or weights on
-the host stay with Python, and so does every call for which a check fails.
+It answers less than Python does, never other than Python would: graphs for values on the host, objects as arguments or weights on the
+host stay with Python, and so does every call for which a check fails.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from kernel_pytorch.kernels.native import build
 
 if TYPE_CHECKING:
     from kernel_pytorch.graph.captured import Graph
+    from kernel_pytorch.graph.placement import HostArguments
     from kernel_pytorch.graph.recorder import Recorder
     from kernel_pytorch.graph.state import ModuleGuard
 
@@ -92,7 +93,8 @@ def _made(
         recorder,
         Looks.of(guard),
         in_place=[(i, graph.pointers[i]) for i in graph.fixed],
-        copies=list(graph.buffers.items()),
+        copies=[(i, graph.buffers[i]) for i in graph.copies],
+        host=graph.host,
         code_first=not graph.pure,
         tensors_first=not (graph.pure or graph.repeatable),
         play=graph.recording.replay,
@@ -131,6 +133,7 @@ def configured(
     *,
     in_place: list[tuple[int, int]],
     copies: list[tuple[int, torch.Tensor]],
+    host: HostArguments | None = None,
     code_first: bool,
     tensors_first: bool,
     play: Callable[[], None],
@@ -138,11 +141,15 @@ def configured(
     spec: TreeSpec,
 ) -> Any:
     """The C++ object for calls like this one, in modes like these; None where there is none. in_place: arguments by number, with
-    addresses. copies: arguments by number, with the memory that they are copied to. code_first, tensors_first: what is looked at
-    before the launch and not after it. outputs, spec: as Graph.outputs gives them, and how they are put together."""
+    addresses. copies: arguments by number, with the memory that they are copied to. host: what sends those on the host. code_first,
+    tensors_first: what is looked at before the launch and not after it. outputs, spec: as Graph.outputs gives them, and how they are
+    put together."""
     replayer, _ = replayer_class()
     flat = flatten(args, kwargs)
     if replayer is None or flat is None or not all(map(_can_be_given, outputs)):
+        return None
+    rows = [] if host is None else host.rows(flat[1])
+    if rows is None:
         return None
     template = _template(spec)
     made = replayer()
@@ -153,6 +160,7 @@ def configured(
         tensors=flat[1],
         in_place=in_place,
         copies=copies,
+        host=None if host is None else (rows, host.blocks, host.device, host.sent, host.marks),
         modes=[(read, given, then) for (read, given), then in zip(MODES, modes(), strict=True)],
         **{part.name: getattr(looks, part.name) for part in fields(looks)},
         code_first=code_first,

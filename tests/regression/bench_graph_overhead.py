@@ -73,6 +73,16 @@ class NoDevice(CudaRecorder):
     def __init__(self) -> None:
         super().__init__(torch.device("cpu", 0))
         self.launched = 0.0
+        self.on_host: set[int] = set()
+
+    def is_elsewhere(self, tensor: torch.Tensor) -> bool:
+        return tensor.numel() in self.on_host
+
+    def marks(self, number: int) -> list[torch.Event]:
+        return []
+
+    def pinned(self, num_bytes: int) -> torch.Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8)
 
     def is_foreign(self, device: torch.device) -> bool:
         return False
@@ -128,6 +138,11 @@ class Layers(nn.Module):
         return x
 
 
+class Select(nn.Module):
+    def forward(self, x: torch.Tensor, columns: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return x[:, columns] * scale
+
+
 def timed(recorder: NoDevice, call: Callable[..., Any], calls: list[tuple[Any, ...]]) -> tuple[float, float]:
     """Microseconds a call until the device would have its graph, and until the caller has its outputs."""
     before = whole = 0.0
@@ -146,22 +161,33 @@ def say(name: str, model: nn.Module, rounds: list[tuple[float, float]]) -> None:
 
 
 def measure(
-    name: str, model: nn.Module, args: tuple[Any, ...], *, moving: tuple[int, ...] = (), inside: bool = True, engine: bool = True
+    name: str,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    *,
+    moving: tuple[int, ...] = (),
+    inside: bool = True,
+    engine: bool = True,
+    on_host: tuple[int, ...] = (),
 ) -> None:
-    """moving: arguments that are new tensors in every call. engine: the call goes through what the engine puts around it. inside: the
+    """moving: arguments that are new tensors in every call. on_host: those that count as the host's, with another value in every call,
+    none of which has as many elements as another argument. engine: the call goes through what the engine puts around it. inside: the
     caller is in inference mode."""
     recorder = NoDevice()
+    recorder.on_host = {args[i].numel() for i in on_host}
+
+    def given(number: int) -> tuple[Any, ...]:
+        fresh = [arg.clone() if i in moving or i in on_host else arg for i, arg in enumerate(args)]
+        return tuple(arg.fill_(number) if i in on_host else arg for i, arg in enumerate(fresh))
+
     graphed = graph_calls(model.eval(), CUDAGraphManager(recorder, terms(GraphDeploymentStrategy.aggressive), num_warmup_calls=1))
     if engine:
         enter_contexts(Built(model, [CpuBackend(hardware="any", on_mismatch=OnMismatch.emulate).inference]))
     with torch.inference_mode(inside), torch.no_grad():
-        for _ in range(20):
-            model(*(arg.clone() if i in moving else arg for i, arg in enumerate(args)))
+        for number in range(20):
+            model(*given(number))
         assert graphed.manager.statistics["replays"] >= 18
-        rounds = [
-            timed(recorder, model, [tuple(arg.clone() if i in moving else arg for i, arg in enumerate(args)) for _ in range(_CALLS)])
-            for _ in range(_ROUNDS)
-        ]
+        rounds = [timed(recorder, model, [given(number) for number in range(_CALLS)]) for _ in range(_ROUNDS)]
         assert graphed.manager.statistics["straight_calls"] <= 2
     say(name, model, rounds)
 
@@ -210,6 +236,8 @@ def main() -> None:
     measure("one tensor", Layers(0), (ids,))
     measure("one tensor, not in inference mode before", Layers(0), (ids,), inside=False)
     measure("one tensor, new in every call", Layers(0), (ids,), moving=(0,))
+    columns, scale = torch.zeros(64, dtype=torch.int64), torch.ones(())
+    measure("two of three tensors on the host, changed", Select(), (ids, columns, scale), on_host=(1, 2))
     measure("BERT's modules, three tensors", Layers(12), (ids, ids.clone(), ids.clone()))
     measure("a cache of 64 tensors, read", Layers(0), decode)
     measure("the same, written, 8 layers", Layers(8, write=True), decode)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from kernel_pytorch.graph import trial
 from kernel_pytorch.graph.placement import HostArguments, relative_l2
 
 
@@ -125,6 +126,31 @@ def test_what_is_timed_after_a_move_is_a_replay_every_time(wrap: Any, Rerun: Any
         for _ in range(3):
             model(torch.tensor([1.0, 2.0]))
         assert [decision["captured"] for decision in graphed.decisions] == [True, True], graphed.decisions
+
+
+def test_what_is_timed_sends_arguments_on_the_host_every_time(wrap: Any, Rerun: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[torch.Tensor] = []
+
+    class Remembers(HostArguments):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            sent.append(self.device)
+
+    class Spoils(Rerun):
+        def compare(self, plain: Any, replay: Any, undo: Any, margin: float = 1.0) -> Any:
+            for _ in range(3):
+                sent[-1].zero_()
+                assert replay().tolist() == [[0.0, 4.0], [8.0, 12.0]]
+            return super().compare(plain, replay, undo, margin)
+
+    monkeypatch.setattr(trial, "HostArguments", Remembers)
+    recorder, model = Spoils(), Select()
+    wrap(model, recorder)
+    columns, scale = torch.tensor([0, 2]), torch.tensor(2.0)
+    recorder.put_elsewhere(columns, scale)
+    for _ in range(2):
+        assert model(torch.arange(8.0).reshape(2, 4), columns, scale).tolist() == [[0.0, 4.0], [8.0, 12.0]]
+    assert len(sent) == 2
 
 
 class Pairs(nn.Module):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils import _pytree
 
 from kernel_pytorch.graph import replayer as replayer_module
+from kernel_pytorch.graph.placement import HostArguments
 from kernel_pytorch.graph.replayer import QuickReplay, replayer_class
 from kernel_pytorch.kernels.native import NativeLibrary
 
@@ -41,6 +42,7 @@ class Call:
             "tensors": [self.x],
             "in_place": [],
             "copies": [(0, self.buffer)],
+            "host": None,
             "modes": [(lambda name: (name, self.mode), ("a",), ("a", "then"))],
             "code": [],
             "children": [],
@@ -252,11 +254,71 @@ def test_what_a_replayer_is_made_of_must_agree() -> None:
         call.replayer(tensors=[])
     with pytest.raises(ValueError, match="places"):
         call.replayer(result=("tuple", [TENSOR, TENSOR]))
+    sends = ([(0, 0)], [torch.zeros(24, dtype=torch.uint8)], torch.zeros(24, dtype=torch.uint8), torch.tensor([-1]), [])
+    call.replayer(host=sends)
+    for at, row, error in [
+        (0, [(1, 0)], "there is no argument 1"),
+        (0, [(0, 1)], "does not lie in its block"),
+        (1, [], "no block"),
+        (3, torch.tensor([-1.0]), "not a number on the host"),
+        (4, [torch.Event("cpu")] * 2, "each block has an event"),
+    ]:
+        with pytest.raises((IndexError, ValueError), match=error):
+            call.replayer(host=(*sends[:at], row, *sends[at + 1 :]))
+    with pytest.raises(TypeError, match="an event was expected"):
+        call.replayer(host=(*sends[:4], [1]))
     # One that fails changes nothing.
     replayer = call.replayer()
     with pytest.raises(TypeError, match="missing"):
         replayer.configure()
     assert replayer.run((call.x,), {}) is not NotImplemented
+
+
+def test_arguments_on_the_host_are_sent_when_they_changed_by_whoever_sees_it(Rerun: Any) -> None:
+    scalar, whole = torch.tensor(0.5, dtype=torch.float64), torch.tensor([1, 2])
+    host = HostArguments(Rerun(), [scalar, whole], [0, 1])
+    out = torch.zeros(2)
+    replayer = Call().replayer(
+        args=("tuple", [TENSOR, TENSOR]),
+        tensors=[scalar, whole],
+        copies=[],
+        host=(host.rows([scalar, whole]), host.blocks, host.device, host.sent, host.marks),
+        play=lambda: out.copy_(host.buffers[0] * host.buffers[1]),
+        outputs=[("clone", out)],
+    )
+
+    def run() -> list[float]:
+        return replayer.run((scalar, whole), {}).tolist()
+
+    assert (run(), int(host.sent)) == ([0.5, 1.0], 0)
+    host.send([scalar, whole])
+    assert (run(), int(host.sent)) == ([0.5, 1.0], 0)
+    whole[1] = 6
+    assert (run(), int(host.sent)) == ([0.5, 3.0], 1)
+    scalar.fill_(-0.0)
+    host.send([scalar, whole])
+    assert int(host.sent) == 2
+    scalar.fill_(0.0)
+    run()
+    assert int(host.sent) == 3
+    assert not torch.signbit(host.buffers[0])
+    for number in range(20):
+        whole[0] = number
+        scalar.fill_(2.0)
+        assert run() == [2.0 * number, 12.0]
+    assert int(host.sent) == 7
+    host.forget()
+    assert (run(), int(host.sent)) == ([38.0, 12.0], 0)
+    assert replayer.run((scalar, whole.int()), {}) is NotImplemented
+
+
+def test_arguments_on_the_host_whose_memory_is_not_their_values_are_left_to_python(Rerun: Any) -> None:
+    matrix = torch.arange(6.0).reshape(2, 3)
+    for tensor in (matrix.t(), torch.complex(matrix, matrix).conj(), torch.complex(matrix, matrix).conj().imag):
+        host = HostArguments(Rerun(), [tensor], [0])
+        assert host.rows([tensor]) is None
+        host.send([tensor])
+        assert torch.equal(host.buffers[0], tensor)
 
 
 def test_other_modes_are_left_to_python() -> None:
