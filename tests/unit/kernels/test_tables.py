@@ -105,8 +105,9 @@ def test_crossover_is_the_tables_row_for_that_road(cache):
     assert op.crossover(64, 96, cpu, "scaled_mm") == 64
 
 
-def test_a_chip_with_other_memory_serves_until_it_is_measured(cache):
-    measured, other = tables.read(tables.shipped_file("skinny_w8a16", "NVIDIA H200")), "NVIDIA H100 80GB HBM3"
+def test_a_chip_with_other_memory_serves_until_it_is_measured(cache, monkeypatch):
+    measured, other = tables.read(tables.shipped_file("skinny_w8a16", "NVIDIA H200")), "NVIDIA H100 nobody measured"
+    monkeypatch.setattr(tables, "SAME_CHIP", (frozenset({other, "NVIDIA H200"}),))
     key = (6144, 4096, 8)
     rows = {(entry["n"], entry["k"], entry["m"]): entry["config"] for entry in measured["configs"]}
     assert tables.load("skinny_w8a16", other)["configs"][key] == rows[key]
