@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten
 from kernel_pytorch.choices import GraphDeploymentStrategy
 from kernel_pytorch.errors import UnsupportedOperationError
 from kernel_pytorch.graph.analysis import WorkloadAnalysis
+from kernel_pytorch.graph.failures import first_line
 from kernel_pytorch.graph.inputs import Call, describe, rebuild
 from kernel_pytorch.graph.kinds import modes, shown
 from kernel_pytorch.graph.optimizer_state import OptimizerGuard, has_hooks, host_state, host_values, recorded_values, refusal
@@ -23,7 +24,6 @@ from kernel_pytorch.graph.recorder import CudaRecorder, Recorder, Recording
 from kernel_pytorch.graph.replayer import Looks, configured
 from kernel_pytorch.graph.state import ModuleGuard, WriteWatch, python_state
 from kernel_pytorch.graph.strategy import terms
-from kernel_pytorch.graph.trial import first_line
 
 # Each costs a second or more; a learning rate that is another float in every step would never earn it back.
 _MAX_CAPTURES = 8

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from kernel_pytorch.errors import UnsupportedOperationError
 from kernel_pytorch.graph.analysis import WorkloadAnalysis
 from kernel_pytorch.graph.captured import Graph
+from kernel_pytorch.graph.failures import CALL_ERRORS, first_line
 from kernel_pytorch.graph.inputs import Call, describe, is_plain, overlaps, rebuild
 from kernel_pytorch.graph.kinds import Kind
 from kernel_pytorch.graph.manager import CUDAGraphManager
@@ -24,18 +24,6 @@ from kernel_pytorch.graph.placement import HostArguments, HostState, can_be_sent
 from kernel_pytorch.graph.recorder import Recording
 from kernel_pytorch.graph.state import ModuleGuard, WriteWatch, python_state, same_bits
 
-# What a model may raise while it is recorded: the plain call then says whether it is the model's own mistake.
-CALL_ERRORS = (
-    RuntimeError,
-    UnsupportedOperationError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    AssertionError,
-    OSError,
-)
 _COPY_SAMPLES = 5
 # A replay with copies over one in place: from here on, addresses that come back get graphs of their own.
 _COSTLY = 1.25
@@ -304,10 +292,6 @@ class Trial:
         for watch in watches:
             watch.restore()
         self._recorder.set_rng_state(self._rng)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _refused(watch: WriteWatch) -> str | None:
