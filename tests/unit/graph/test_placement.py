@@ -242,6 +242,16 @@ def test_outputs_may_differ_by_roundings_only() -> None:
     assert relative_l2([exact * 1.00001], [exact]) is None
     assert relative_l2([exact.bfloat16()], [exact]) is None
     assert relative_l2([torch.tensor([1, 2])], [torch.tensor([1, 3])]) is None
+    assert relative_l2([exact * 1.001], [exact], allowed=1e-2) == pytest.approx(1e-3, rel=1e-3)
+    assert relative_l2([exact * 1.02], [exact], allowed=1e-2) is None
+
+
+def test_an_infinity_hides_no_difference() -> None:
+    exact = torch.tensor([1.0, -torch.inf, torch.nan, 2.0])
+    assert relative_l2([exact * (1 + 2e-7)], [exact]) == pytest.approx(2e-7, abs=1e-7)
+    assert relative_l2([torch.tensor([9.0, -torch.inf, torch.nan, 2.0])], [exact]) is None
+    assert relative_l2([torch.tensor([1.0, torch.inf, torch.nan, 2.0])], [exact]) is None
+    assert relative_l2([torch.tensor([1.0, 5.0, torch.nan, 2.0])], [exact]) is None
     assert relative_l2([exact, 1], [exact]) is None
     nan = torch.tensor([1.0, float("nan")])
     assert relative_l2([nan], [nan.clone()]) == 0.0
