@@ -95,6 +95,11 @@ class Graph:
         """Whether addresses are still looked out for: callers that take turns between buffers show it soon."""
         return self.copies_cost and self.num_replays < _REPLAYS_OF_SEARCH
 
+    @property
+    def running_bytes(self) -> int:
+        """What it needs while it runs, beside what it holds: graphs share it."""
+        return self.pool_bytes - self.recording.held_bytes
+
     def close(self) -> None:
         """Lets go of what would hold its memory until Python collects cycles."""
         if self.quick is not None:

@@ -72,9 +72,11 @@ class CUDAGraphManager:
     def uncounted(self, kind: Kind) -> Iterator[None]:
         """Replays inside are for timing: they are not in the counts."""
         statistics, row = dict(self.statistics), dict(kind.row)
-        yield
-        self.statistics.update(statistics)
-        kind.row.update(row)
+        try:
+            yield
+        finally:
+            self.statistics.update(statistics)
+            kind.row.update(row)
 
     def pieces(self) -> list[str]:
         """Names of the pieces of a model that have a graph."""
@@ -95,9 +97,7 @@ class CUDAGraphManager:
 
     def keep(self, kind: Kind, graph: Graph) -> str | None:
         """Makes room for a graph; the reason when there is no room even alone."""
-        if self.budget_bytes is None:
-            free = self.recorder.free_bytes()
-            self.budget_bytes = None if free is None else int(free * FREE_SHARE)
+        self._set_budget()
         for older in kind.replaced_by(graph):
             self._release(kind, older)
         graph.num_replays = 0
@@ -118,10 +118,15 @@ class CUDAGraphManager:
         self._release(kind, graph)
         return f"the graph needs {needed} bytes, the budget is {self.budget_bytes}"
 
+    def has_room(self, graph: Graph) -> bool:
+        """Whether the budget allows for a graph alone."""
+        self._set_budget()
+        return self.budget_bytes is None or graph.held_bytes + graph.running_bytes <= self.budget_bytes
+
     def total_bytes(self) -> int:
         """Outputs and input buffers of all graphs, and the most that any of them needs while it runs, which they share."""
         graphs = [graph for _, graph in self._all()]
-        running = max((graph.pool_bytes - graph.recording.held_bytes for graph in graphs), default=0)
+        running = max((graph.running_bytes for graph in graphs), default=0)
         return sum(graph.held_bytes for graph in graphs) + running
 
     def drop(self, kind: Kind) -> None:
@@ -132,6 +137,11 @@ class CUDAGraphManager:
     def decide(self, row: dict[str, Any], kind: Kind) -> None:
         """Adds a decision about a kind of call, with the piece of the model that it is a call of."""
         self.decisions.append({key: value for key, value in kind.row.items() if key in ("module", "inputs")} | row)
+
+    def _set_budget(self) -> None:
+        if self.budget_bytes is None:
+            free = self.recorder.free_bytes()
+            self.budget_bytes = None if free is None else int(free * FREE_SHARE)
 
     def _all(self) -> list[tuple[Kind, Graph]]:
         return self._graphs.values()

@@ -38,6 +38,11 @@ def types_computed_in(model: nn.Module, device: torch.device) -> set[torch.dtype
     return types
 
 
+def rounding(types: Iterable[torch.dtype]) -> float:
+    """The relative L2 error that rounding in another order explains."""
+    return max((_TOLERANCE.get(dtype, 0.0) for dtype in types), default=0.0)
+
+
 @dataclass(frozen=True)
 class Passed:
     """cuts: of each output leaf. shapes: of the padded outputs. max_relative_l2: largest error of a position against the call
@@ -171,7 +176,7 @@ class _Check:
     def _tolerance(self, expected: Any) -> float:
         if not isinstance(expected, torch.Tensor) or not expected.is_floating_point():
             return 0.0
-        return max(_TOLERANCE.get(dtype, 0.0) for dtype in (*self._types, expected.dtype))
+        return rounding((*self._types, expected.dtype))
 
 
 def _or_raise(cuts: list[Cut] | str) -> list[Cut]:

@@ -61,6 +61,11 @@ class Comparison:
         loses = [style for style in (single, row) if style is not None and style.high < min(1.0, margin)]
         return (False, f"{said}; slower in one of them") if loses else (True, said)
 
+    def is_surely(self, margin: float) -> bool:
+        """Whether the replay wins by more than `margin` from an idle device, by the whole interval, and does not lose in a row."""
+        single = self.speedup or _exactly(self.plain_ms / self.replay_ms)
+        return single.low > margin and (self.row_speedup is None or self.row_speedup.high >= 1.0)
+
 
 def _exactly(ratio: float) -> Interval:
     return Interval(ratio, ratio, ratio)

@@ -75,6 +75,24 @@ def test_verdicts(plain: tuple[float, float], replay: tuple[float, float], margi
         assert Clock(plain, replay, noise=0.003, seed=seed).compare(margin).verdict(margin)[0] is keep
 
 
+@pytest.mark.parametrize(
+    ("plain", "replay", "sure"),
+    [
+        ((1.1, 1.1), (1.0, 1.0), True),
+        ((1.1, 1.0), (1.0, 1.0), True),
+        ((1.1, 1.0), (1.0, 1.1), False),
+        ((1.0, 1.1), (1.0, 1.0), False),
+    ],
+)
+def test_a_sure_winner_wins_from_an_idle_device_and_loses_in_no_row(
+    plain: tuple[float, float], replay: tuple[float, float], sure: bool
+) -> None:
+    for seed in range(5):
+        assert Clock(plain, replay, noise=0.003, seed=seed).compare(1.02).is_surely(1.02) is sure
+    assert Comparison(1.03, 1.0, 20).is_surely(1.02)
+    assert not Comparison(1.02, 1.0, 20).is_surely(1.02)
+
+
 def test_equal_calls_are_hardly_ever_taken_for_a_gain() -> None:
     kept = [Clock((1.0, 1.0), (1.0, 1.0), noise=0.05, seed=seed).compare(1.02).verdict(1.02)[0] for seed in range(40)]
     assert sum(kept) <= 2
