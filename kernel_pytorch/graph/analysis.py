@@ -7,6 +7,8 @@ from typing import Any
 
 from kernel_pytorch.graph.timing import Comparison
 
+_OF_TWO_CODES = ("code", "code_reason", "compiled_replay_ms", "eager_replay_ms", "eager_relative_l2")
+
 
 @dataclass
 class WorkloadAnalysis:
@@ -17,7 +19,11 @@ class WorkloadAnalysis:
     copy_ms: how long that takes. pool_bytes: most that the call had allocated at once while it was recorded. held_bytes:
     what stays allocated between replays. capture_s: recording, warm-up and timing together. num_written: storages that the
     call writes in place. num_operations: operations of one call, in eager mode.
-    placement_relative_l2: of its outputs against the plain call's, where something was put on the device for it."""
+    placement_relative_l2: of its outputs against the plain call's, where something was put on the device for it.
+
+    Of a compiled model, whose plain_ms and replay_ms are the compiled code's: code: that the graph kept was recorded of, compiled
+    or eager; code_reason. compiled_replay_ms, eager_replay_ms: replays of both, in turns. eager_relative_l2: of the eager
+    code's outputs against the compiled code's."""
 
     inputs: str
     num_calls: int
@@ -34,6 +40,11 @@ class WorkloadAnalysis:
     num_written: int = 0
     num_operations: int = 0
     placement_relative_l2: float | None = None
+    code: str | None = None
+    code_reason: str | None = None
+    compiled_replay_ms: float | None = None
+    eager_replay_ms: float | None = None
+    eager_relative_l2: float | None = None
 
     @classmethod
     def of(cls, inputs: str, num_calls: int, timed: Comparison) -> WorkloadAnalysis:
@@ -55,5 +66,6 @@ class WorkloadAnalysis:
         return self.plain_ms / self.replay_ms
 
     def row(self) -> dict[str, Any]:
-        """As the receipt shows it: JSON types."""
-        return {**asdict(self), "launch_overhead_ms": self.launch_overhead_ms, "speedup": self.speedup}
+        """As the receipt shows it: JSON types. What compares two codes is only there where there are two."""
+        measured = {name: value for name, value in asdict(self).items() if self.code is not None or name not in _OF_TWO_CODES}
+        return {**measured, "launch_overhead_ms": self.launch_overhead_ms, "speedup": self.speedup}

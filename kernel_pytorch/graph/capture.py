@@ -17,6 +17,7 @@ from kernel_pytorch.graph.pieces import Pieces
 from kernel_pytorch.graph.recorder import CudaRecorder
 from kernel_pytorch.graph.regions import Regions
 from kernel_pytorch.graph.replayer import replayer_class
+from kernel_pytorch.graph.rival import EagerRival, is_compiled
 from kernel_pytorch.graph.strategy import terms
 from kernel_pytorch.optimizer import Applied, Context, Level, Optimizer, Support
 from kernel_pytorch.schema import BucketingConfig
@@ -42,6 +43,7 @@ def graph_calls(model: nn.Module, manager: CUDAGraphManager) -> GraphedCall:
         manager,
         on_cannot=take_apart,
         compiling=nullcontext if regions is None else regions.compiling,
+        rival=EagerRival(manager) if manager.terms.tries_eager and is_compiled(model) else None,
     )
     model._compiled_call_impl = graphed
     return graphed

@@ -15,6 +15,7 @@ from kernel_pytorch.graph.inputs import Call, describe
 from kernel_pytorch.graph.kinds import Kind, modes, shown
 from kernel_pytorch.graph.manager import CUDAGraphManager
 from kernel_pytorch.graph.replayer import quick_replay
+from kernel_pytorch.graph.rival import EagerRival
 from kernel_pytorch.graph.signature import pointers
 from kernel_pytorch.graph.trial import Trial
 from kernel_pytorch.graph.worlds import World, Worlds
@@ -39,7 +40,7 @@ class GraphedCall:
 
     name: of the module within the model, "" for the model itself. writes: arguments that compiled code, which cannot be watched,
     writes to; None for other code. on_cannot: called when a kind of call cannot be recorded as a whole. compiling: entered
-    around recording."""
+    around recording. rival: records eager code beside the model's compiled code; None where there is one code."""
 
     def __init__(
         self,
@@ -51,9 +52,10 @@ class GraphedCall:
         writes: tuple[int, ...] | None = None,
         on_cannot: Callable[[GraphedCall], None] | None = None,
         compiling: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        rival: EagerRival | None = None,
     ) -> None:
         self.model, self.plain, self.name = model, plain, name
-        self._writes, self._compiling = writes, compiling
+        self._writes, self._compiling, self._rival = writes, compiling, rival
         self.manager, self._recorder, self._busy = manager, manager.recorder, manager.recorder.busy
         self.around_plain: Callable[..., Any] = plain
         self._on_cannot = on_cannot
@@ -246,7 +248,8 @@ class GraphedCall:
         return staged
 
     def _tried(self, kind: Kind, call: Call, staged: set[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
-        trial = Trial(self.manager, self.plain, self.model, self._worlds.now.guard, self._rehearse, kind, call, staged, self._writes)
+        guard = self._worlds.now.guard
+        trial = Trial(self.manager, self.plain, self.model, guard, self._rehearse, kind, call, staged, self._writes, self._rival)
         with self._compiling():
             outcome = trial.run(args, kwargs)
         if outcome.moved:

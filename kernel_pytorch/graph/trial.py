@@ -20,8 +20,10 @@ from kernel_pytorch.graph.failures import CALL_ERRORS, first_line
 from kernel_pytorch.graph.inputs import Call, describe, is_plain, overlaps, rebuild
 from kernel_pytorch.graph.kinds import Kind
 from kernel_pytorch.graph.manager import CUDAGraphManager
+from kernel_pytorch.graph.padding_check import rounding, types_computed_in
 from kernel_pytorch.graph.placement import HostArguments, HostState, can_be_sent, relative_l2
 from kernel_pytorch.graph.recorder import Recording
+from kernel_pytorch.graph.rival import Arms, EagerRival
 from kernel_pytorch.graph.state import ModuleGuard, WriteWatch, python_state, same_bits
 
 _COPY_SAMPLES = 5
@@ -49,19 +51,22 @@ class Outcome:
 @dataclass
 class _Inputs:
     """args, kwargs: the caller's. static: the leaves that are recorded with. buffers: those of them that stand in, by number. host:
-    of those, the ones for arguments on the host."""
+    of those, the ones for arguments on the host. first, watch: of the call as it is, and with what stands in."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     static: list[torch.Tensor]
     buffers: dict[int, torch.Tensor]
     host: HostArguments | None
+    first: WriteWatch
+    watch: WriteWatch
 
 
 class Trial:
     """guard: of the model, which is to know of tensors that are moved. rehearse(kind, graph, args, kwargs): the replay with all that
     a caller's call does around it, for timing. staged: arguments that the graph is to have copied in. writes: arguments that
-    compiled code writes to, which cannot be watched; None for other code."""
+    compiled code writes to, which cannot be watched; None for other code. rival: where the plain call is compiled code of the model,
+    and eager code may be the faster one."""
 
     def __init__(
         self,
@@ -74,11 +79,13 @@ class Trial:
         call: Call,
         staged: set[int],
         writes: tuple[int, ...] | None = None,
+        rival: EagerRival | None = None,
     ) -> None:
         self._manager, self._recorder = manager, manager.recorder
         self._plain, self._model, self._guard, self._rehearse = plain, model, guard, rehearse
         self._kind, self._call, self._staged, self._writes = kind, call, staged, writes
-        self._rng = self._recorder.rng_state()
+        self._rival = rival
+        self._rng, self._draws = self._recorder.rng_state(), False
         self._far = [i for i, tensor in enumerate(call.tensors) if self._recorder.is_elsewhere(tensor)]
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
@@ -104,14 +111,14 @@ class Trial:
             return Outcome(done=True, result=result, refusal=why, cannot=True)
         if "module" in kind.row and self._writes is None and watch.num_operations < _LEAST_OPERATIONS:
             return Outcome(done=True, result=result, refusal=f"{watch.num_operations} operations are not worth a graph")
-        pure = torch.equal(self._rng, self._recorder.rng_state()) and not watch.num_written
+        self._draws = not torch.equal(self._rng, self._recorder.rng_state())
         self._undo(watch)
         kind.by_address = tuple(i for i, t in enumerate(call.tensors) if i not in self._far and (watch.wrote(t) or overlaps(t)))
         self._staged -= set(kind.by_address)
         state = HostState(self._guard.slots, self._recorder, watch)
         outcome = Outcome()
         if state or (self._far and kind.substitutes):
-            outcome = self._attempt(args, kwargs, watch, self._far if kind.substitutes else [], state, pure)
+            outcome = self._attempt(args, kwargs, watch, self._far if kind.substitutes else [], state)
             if not outcome.cannot:
                 outcome.moved = bool(state)
                 return outcome
@@ -119,7 +126,7 @@ class Trial:
             self._guard.look_again()
             kind.substitutes = False
         with_placement, kind.by_value = outcome.refusal, tuple(self._far)
-        outcome = self._attempt(args, kwargs, watch, [], None, pure)
+        outcome = self._attempt(args, kwargs, watch, [], None)
         if outcome.cannot and with_placement:
             outcome.refusal = f"{outcome.refusal}; with what is on the host put on the device: {with_placement}"
         return outcome
@@ -131,7 +138,6 @@ class Trial:
         first: WriteWatch,
         sent: list[int],
         state: HostState | None,
-        pure: bool,
     ) -> Outcome:
         """first: of this call as it is. sent: arguments on the host that device memory stands for. state: what the model holds
         there, moved to the device first. Where something stands in the call is watched again, and compared."""
@@ -159,25 +165,42 @@ class Trial:
             why = self._lost(seen)
             if why is not None:
                 return Outcome(refusal=why, cannot=True)
-            inputs = _Inputs(args, kwargs, static, buffers, host)
-            return self._record(inputs, first, seen, pure, expected)
+            return self._record(_Inputs(args, kwargs, static, buffers, host, first, seen), expected)
         except CALL_ERRORS as error:
             crossing = f"; it takes host memory to the device: {seen.said(seen.crosses)}" if seen.crosses is not None else ""
             return Outcome(refusal=f"capture failed: {first_line(error)}{crossing}", cannot=True)
         finally:
             self._undo(first, seen)
 
-    def _record(self, inputs: _Inputs, first: WriteWatch, watch: WriteWatch, pure: bool, expected: list[Any] | None) -> Outcome:
-        recorder, kind = self._recorder, self._kind
-        static_args, static_kwargs = self._with(inputs.static, inputs.args, inputs.kwargs)
+    def _record(self, inputs: _Inputs, expected: list[Any] | None) -> Outcome:
+        args, kwargs = self._with(inputs.static, inputs.args, inputs.kwargs)
+        # Compiles on the caller's stream, as the plain call would too.
+        self._plain(*args, **kwargs)
+        self._undo(inputs.watch)
+        start = time.monotonic()
+        graph = self._graph(inputs)
+        self._recorder.hold(inputs.buffers.values())
+        error = None
+        if expected is not None:
+            error = relative_l2(self._replayed(graph, inputs), expected)
+            if error is None:
+                return Outcome(refusal="its outputs are others when what is on the host is on the device", cannot=True)
+            self._undo(inputs.watch)
+        outcome = Outcome()
+        try:
+            outcome = self._timed(graph, inputs, start, error)
+        finally:
+            if outcome.graph is not graph:
+                graph.close()
+        return outcome
+
+    def _graph(self, inputs: _Inputs) -> Graph:
+        """Records the call, by the code that is switched on."""
+        recorder, watch = self._recorder, inputs.watch
+        args, kwargs = self._with(inputs.static, inputs.args, inputs.kwargs)
 
         def recorded() -> Any:
-            return self._plain(*static_args, **static_kwargs)
-
-        # Compiles on the caller's stream, as the plain call would too.
-        recorded()
-        self._undo(watch)
-        start = time.monotonic()
+            return self._plain(*args, **kwargs)
 
         def undone() -> None:
             # A cache that is written at a position that the call counts up itself must not run over.
@@ -189,25 +212,14 @@ class Trial:
         # Replays from here on, the manager's or not, are in this stream's order.
         recorder.enter_replay()
         self._manager.statistics["captures"] += 1
+        pure = not self._draws and not inputs.first.num_written
         repeatable = pure or self._repeats(recording, watch)
-        graph = Graph(
-            recording, self._call, inputs.static, inputs.buffers, inputs.host, kind.by_value, watch, pure=pure, repeatable=repeatable
-        )
-        recorder.hold(inputs.buffers.values())
-        error = None
-        if expected is not None:
-            found = [*tree_leaves(graph.run(self._call.tensors)), *first.written()]
-            error = relative_l2(found, expected)
-            if error is None:
-                return Outcome(refusal="its outputs are others when what is on the host is on the device", cannot=True)
-            self._undo(watch)
-        outcome = Outcome()
-        try:
-            outcome = self._timed(graph, inputs, watch, start, error)
-        finally:
-            if outcome.graph is None:
-                graph.close()
-        return outcome
+        by_value = self._kind.by_value
+        return Graph(recording, self._call, inputs.static, inputs.buffers, inputs.host, by_value, watch, pure=pure, repeatable=repeatable)
+
+    def _replayed(self, graph: Graph, inputs: _Inputs) -> list[Any]:
+        """What a replay returns, and then what the call writes."""
+        return [*tree_leaves(graph.run(self._call.tensors)), *inputs.first.written()]
 
     def _repeats(self, recording: Recording, watch: WriteWatch) -> bool:
         """Whether a second replay in a row leaves and returns the same bits as the first. A call that counts is not asked."""
@@ -220,24 +232,23 @@ class Trial:
         self._undo(watch)
         return all(map(same_bits, *states))
 
-    def _timed(self, graph: Graph, inputs: _Inputs, watch: WriteWatch, start: float, error: float | None) -> Outcome:
+    def _timed(self, graph: Graph, inputs: _Inputs, start: float, error: float | None) -> Outcome:
         kind, terms, manager = self._kind, self._manager.terms, self._manager
         with manager.uncounted(kind):
             timed = self._recorder.compare(
                 lambda: self._plain(*inputs.args, **inputs.kwargs),
                 lambda: self._rehearse(kind, graph, inputs.args, inputs.kwargs),
-                watch.restore,
+                inputs.watch.restore,
                 terms.min_speedup,
             )
         copies = bool(self._staged)
         if not copies:
             kind.in_place_ms = timed.replay_ms
         analysis = WorkloadAnalysis.of(kind.row["inputs"], kind.row["num_calls"], timed)
-        analysis.copied_bytes, analysis.pool_bytes, analysis.held_bytes = graph.copied_bytes, graph.pool_bytes, graph.held_bytes
         if graph.buffers:
             samples = [self._recorder.milliseconds(lambda: graph.fill(self._call.tensors)) for _ in range(_COPY_SAMPLES)]
             analysis.copy_ms = median(samples)
-        analysis.num_written, analysis.num_operations = watch.num_written, watch.num_operations
+        analysis.num_written, analysis.num_operations = inputs.watch.num_written, inputs.watch.num_operations
         analysis.placement_relative_l2 = error
         analysis.capture_s = time.monotonic() - start
         if copies and kind.in_place_ms is not None and timed.replay_ms > _COSTLY * kind.in_place_ms:
@@ -246,6 +257,11 @@ class Trial:
         if keep and not terms.repays(analysis.capture_s, analysis.saved_ms):
             keep, reason = False, f"{reason}; {terms.payback_calls} calls would not repay {analysis.capture_s:.2f} s of capture"
         reason = f"replay is {'kept' if keep else 'not kept'}: {reason}"
+        if keep and self._rival is not None:
+            better = self._rival.better_of(graph, self._arms(inputs), analysis)
+            better.copies_cost, graph = graph.copies_cost, better
+            analysis.capture_s = time.monotonic() - start
+        analysis.copied_bytes, analysis.pool_bytes, analysis.held_bytes = graph.copied_bytes, graph.pool_bytes, graph.held_bytes
         if keep:
             no_room = manager.keep(kind, graph)
             keep, reason = (True, reason) if no_room is None else (False, no_room)
@@ -255,6 +271,21 @@ class Trial:
             kind.copies_refused = True
             return Outcome()
         return Outcome(graph if keep else None, refusal=None if keep else reason, timed=True)
+
+    def _arms(self, inputs: _Inputs) -> Arms:
+        kind, args, kwargs = self._kind, inputs.args, inputs.kwargs
+        return Arms(
+            kind,
+            record=lambda: self._graph(inputs),
+            call=lambda: self._outcome_of(args, kwargs, inputs.first),
+            replay=lambda graph: self._replayed(graph, inputs),
+            rehearse=lambda graph: self._rehearse(kind, graph, args, kwargs),
+            restore=inputs.watch.restore,
+            undo=lambda: self._undo(inputs.first, inputs.watch),
+            num_written=inputs.first.num_written,
+            draws=self._draws,
+            tolerance=rounding(types_computed_in(self._model, self._recorder.device)),
+        )
 
     def _new_watch(self) -> WriteWatch:
         return WriteWatch(self._recorder.device.type, is_elsewhere=self._recorder.is_elsewhere, model=self._model)

@@ -162,6 +162,7 @@ def test_graph_decisions_show_no_speed_without_a_timed_verified_run():
     row.details["decisions"] = [
         {"inputs": "f32[1]", "captured": True, "reason": "2.0 times", "plain_ms": 2.0, "replay_ms": 1.0, "speedup": 2.0}
     ]
+    row.details["decisions"][0] |= {"compiled_replay_ms": 1.0, "eager_replay_ms": 2.0, "code_reason": "0.5 times"}
     settle_receipts({"graph": row}, compilations=1, with_speed=False)
     assert row.details["decisions"] == [{"inputs": "f32[1]", "captured": True}]
     assert row.reason == ""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import eval_frame
 from torch.utils._pytree import tree_leaves
 
 from kernel_pytorch.choices import GraphDeploymentStrategy
@@ -20,16 +21,19 @@ from kernel_pytorch.graph.timing import Comparison
 
 
 class Rerun(Recorder):
-    """Records a call by keeping its output tensors and replays it by running it again into them. Like a CUDA graph it reads and
-    writes fixed memory, and like one it must not be handed moved tensors. elsewhere: ids of storages that are to pass for
-    host memory."""
+    """Records a call by keeping its output tensors and replays it by running it again into them, as the code, compiled or eager, that
+    was recorded. Like a CUDA graph it reads and writes fixed memory, and like one it must not be handed moved tensors. elsewhere:
+    ids of storages that are to pass for host memory. eager_ms: of a replay of eager code, against replay_ms of compiled code.
+    num_eager: recordings of eager code; eager_failure: what these fail with."""
 
-    def __init__(self, plain_ms: float = 2.0, replay_ms: float = 1.0, held_bytes: int = 0) -> None:
+    def __init__(self, plain_ms: float = 2.0, replay_ms: float = 1.0, held_bytes: int = 0, eager_ms: float = 1.0) -> None:
         super().__init__(torch.device("cpu"))
         self.held_bytes = held_bytes
         self.comparison = Comparison(plain_ms, replay_ms, 20)
-        self.num_recorded = self.num_replays = 0
+        self.of_codes = Comparison(replay_ms, eager_ms, 20)
+        self.num_recorded = self.num_replays = self.num_eager = 0
         self.failure: str | None = None
+        self.eager_failure: str | None = None
         self.elsewhere: set[int] = set()
 
     def is_elsewhere(self, tensor: torch.Tensor) -> bool:
@@ -53,27 +57,34 @@ class Rerun(Recorder):
             call()
 
     def record(self, call: Callable[[], Any]) -> Recording:
-        if self.failure:
-            raise RuntimeError(self.failure)
+        stance = eval_frame._stance.stance
+        failure = self.failure or (self.eager_failure if stance == "force_eager" else None)
+        if failure:
+            raise RuntimeError(failure)
         self.num_recorded += 1
+        self.num_eager += stance == "force_eager"
         output = call()
 
         def replay() -> None:
             self.num_replays += 1
-            for old, new in zip(tree_leaves(output), tree_leaves(call()), strict=True):
+            with torch.compiler.set_stance(stance):
+                again = call()
+            for old, new in zip(tree_leaves(output), tree_leaves(again), strict=True):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
         return Recording(output, replay, self.held_bytes, self.held_bytes)
 
     def compare(self, plain: Callable[[], Any], replay: Callable[[], Any], undo: Callable[[], None], margin: float = 1.0) -> Comparison:
+        is_replay = []
         for call in (plain, replay):
             before = self.num_replays
             call()
-            # What is timed as a replay must be one.
-            assert (self.num_replays > before) is (call is replay)
+            is_replay.append(self.num_replays > before)
             undo()
-        return self.comparison
+        # What is timed as a replay must be one.
+        assert is_replay[1]
+        return self.of_codes if is_replay[0] else self.comparison
 
     def rng_state(self) -> torch.Tensor:
         return torch.get_rng_state()
