@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from typing import Any
 
@@ -20,10 +21,11 @@ from kernel_pytorch.graph.strategy import terms
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-def wrap(model: nn.Module, min_speedup: float = 0.0) -> GraphedCall:
-    """min_speedup 0 keeps every graph, so that what is tested does not depend on a timing."""
+def wrap(model: nn.Module, min_speedup: float = 0.0, tries_eager: bool = False) -> GraphedCall:
+    """min_speedup 0 keeps every graph, so that what is tested does not depend on a timing; nor does the code that it is of."""
     recorder = CudaRecorder(torch.device("cuda", 0))
-    return graph_calls(model, CUDAGraphManager(recorder, terms(GraphDeploymentStrategy.aggressive, min_speedup), num_warmup_calls=3))
+    asked = dataclasses.replace(terms(GraphDeploymentStrategy.aggressive, min_speedup), tries_eager=tries_eager)
+    return graph_calls(model, CUDAGraphManager(recorder, asked, num_warmup_calls=3))
 
 
 def mlp() -> nn.Module:
@@ -437,6 +439,48 @@ def test_addresses_are_compared_alike_in_cpp_and_python() -> None:
     assert at_addresses([*tensors[:2], torch.zeros(4, device="cuda")], at, [0, 1])
     assert not at_addresses([*tensors[:2], torch.zeros(4, device="cuda")], at, [0, 1, 2])
     assert at_addresses([], [], [])
+
+
+class Recurrent(nn.Module):
+    """Fifty small steps, one after the other. history: the states, written in place; num_calls is counted up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(64, 64)
+        self.register_buffer("history", torch.zeros(50, 4, 64))
+        self.register_buffer("num_calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        for step in range(50):
+            state = self.cell(x[step], state)
+            self.history[step].copy_(state)  # pyright: ignore[reportIndexIssue]
+        self.num_calls.add_(1)  # pyright: ignore[reportCallIssue]
+        return state
+
+
+def test_the_faster_of_compiled_and_eager_code_is_kept() -> None:
+    torch.manual_seed(0)
+    model = Recurrent().cuda().eval()
+    x, state = torch.randn(50, 4, 64, device="cuda"), torch.zeros(4, 64, device="cuda")
+    eager = model(x, state)
+    model.compile()
+    compiled = model(x, state)
+    graphed = wrap(model, tries_eager=True)
+    random, num_calls = torch.cuda.get_rng_state(), int(model.num_calls)  # pyright: ignore[reportArgumentType]
+    outputs = [model(x, state) for _ in range(3)]
+    decision = graphed.decisions[0]
+    print(decision)
+    assert decision["captured"], graphed.decisions
+    assert decision["compiled_replay_ms"] > 0
+    assert decision["eager_replay_ms"] > 0
+    assert decision["eager_relative_l2"] < 1e-4
+    expected = {"compiled": compiled, "eager": eager}[decision["code"]]
+    assert all(torch.allclose(out, expected, rtol=0.0, atol=1e-5) for out in outputs)
+    assert torch.allclose(model.history[-1], expected, rtol=0.0, atol=1e-5)  # pyright: ignore[reportIndexIssue, reportArgumentType]
+    assert int(model.num_calls) == num_calls + 3  # pyright: ignore[reportArgumentType]
+    assert torch.equal(torch.cuda.get_rng_state(), random)
+    other = torch.randn(50, 4, 64, device="cuda")
+    assert torch.allclose(model(other, state), graphed.plain(other, state), rtol=0.0, atol=1e-5)
 
 
 @pytest.mark.parametrize("strategy", list(GraphDeploymentStrategy))
