@@ -70,7 +70,6 @@ class EagerRival:
             analysis.code_reason = f"the eager code cannot be recorded: {first_line(error)}"
             self._given_up = f"not tried again: {analysis.code_reason}"
         finally:
-            arms.undo()
             if eager is not None and analysis.code != "eager":
                 eager.close()
         return eager if eager is not None and analysis.code == "eager" else compiled
