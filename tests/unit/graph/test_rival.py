@@ -211,6 +211,21 @@ def test_what_a_call_writes_is_written_once_and_random_state_is_left_alone(eager
     assert next(row["num_written"] for row in graphed.decisions if "code" in row) == 2
 
 
+def test_a_position_that_is_counted_up_does_not_run_over_the_cache(wrap: Any, Rerun: Any) -> None:
+    class RunsNothing(Rerun):
+        """As a device does while it records."""
+
+        def record(self, call: Any) -> Any:
+            recording = super().record(call)
+            model.position.zero_()  # pyright: ignore[reportCallIssue]
+            return recording
+
+    model = compiled(Cached())
+    graphed, _ = wrap(model, RunsNothing(eager_ms=0.5))
+    assert model(torch.ones(1, 2), torch.zeros(1, 2)).tolist() == [3.0, 3.0]
+    assert code_of(graphed.decisions[0]) == (True, "eager", 1.0, 0.5), graphed.decisions
+
+
 def test_a_call_that_draws_random_numbers_stays_compiled_and_draws_as_before(wrap: Any, Rerun: Any) -> None:
     model = nn.Dropout(0.5)
     x = torch.ones(32)
