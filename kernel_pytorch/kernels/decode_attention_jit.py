@@ -79,12 +79,13 @@ def attend(
     v_rows = v_ptr + batch * v_batch + kv_head * v_head
     if EARLY:
         # The kernel before may still write keys: until the wait only L2 is asked, which sees what is written later.
-        tl.extra.cuda.gdc_launch_dependents()
         near = tl.minimum(split * BLOCK_S + s, S - 1).to(tl.int64)
         _ask_for(k_rows + near * k_key, D, BLOCK_D)
         _ask_for(v_rows + near * v_key, D, BLOCK_D)
     if EARLY or LATE:
         tl.extra.cuda.gdc_wait()
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     mask_rows = mask_ptr + batch * mask_batch
     if SHARED_MASK:
         mask_rows += kv_head * G * mask_head

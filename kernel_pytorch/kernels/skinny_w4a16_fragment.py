@@ -235,9 +235,7 @@ def tile(
     first = warp // WARPS_N + (thread // (32 * WARPS) if CLUSTER > 1 else split) * (STEPS * WARPS_K)
     if CLUSTER > 1:
         gl.inline_asm_elementwise("barrier.cluster.arrive.relaxed.aligned; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-    if OVERLAP:
-        # Weights are constants: they may be read while the kernel before still runs, x may not.
-        gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    # Weights are constants: they may be read while the kernel before still runs, x may not.
     ahead = ()
     for d in gl.static_range(DEPTH):
         ahead = ahead + (_load_weights(w_ptr, s_ptr, own_tile, tiles, first + d * WARPS_K, pairs, lane, part, ROWS, WARPS_N, EVEN),)
@@ -253,6 +251,8 @@ def tile(
             factors = factors + (_factor(channel_ptr, bias_ptr, n, N, HAS_BIAS),)
     if OVERLAP:
         gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+        # Not before: the next kernel may read what kernels before this one wrote without waiting, as Inductor's do.
+        gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     ahead_x = ()
     for d in gl.static_range(DEPTH_X):
         ahead_x = ahead_x + (_load_x(x_ptr, m, M, row_words, first + d * WARPS_K, pairs, t, part, COLUMNS, EVEN),)

@@ -142,10 +142,11 @@ def matrix(
     first = split * steps
     if EARLY:
         # The kernel before may still run: it can have written x or the weight, so until the wait only L2 is asked.
-        tl.extra.cuda.gdc_launch_dependents()
         _ask_for(w_rows, first * (BLOCK_K * SLICES // 4), row_words, AHEAD)
     if EARLY or LATE:
         tl.extra.cuda.gdc_wait()
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     i = tl.arange(0, Q)
     if SLICES == 1:
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -271,10 +272,11 @@ def vector(
     i = tl.arange(0, Q)
     column = i // _W * _G + i % _W
     if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
         _ask_for(rows, 0, row_words, AHEAD)
     if EARLY or LATE:
         tl.extra.cuda.gdc_wait()
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     acc = tl.zeros((BLOCK_N, Q), tl.float32)
     # Without a dot in the loop Triton prefetches only where the loop itself says so.
     for word in tl.range(0, row_words, Q, num_stages=STAGES):
