@@ -228,6 +228,10 @@ class CompileConfig(GroupConfig):
     mode: Annotated[CompileMode, Field(description="how long Inductor searches for a faster kernel")] = CompileMode.default
     fullgraph: Annotated[bool, Field(description="a graph break is an error")] = False
     dynamic: Annotated[Optional[bool], Field(description="compile for changing shapes; null lets torch decide")] = None
+    combo_kernels: Annotated[bool, Field(description="small kernels that do not need one another's results become one")] = False
+    programmatic_dependent_launch: Annotated[
+        bool, Field(description="a kernel starts before the one before it ends, and waits for its results (NVIDIA sm_90 and later)")
+    ] = False
 
 
 @dataclass

@@ -16,6 +16,8 @@ class Target:
     reads: tuple[str, ...]
 
 
+_COMPILE = ("mode", "fullgraph", "dynamic", "combo_kernels", "programmatic_dependent_launch")
+
 TARGETS: dict[str, Target] = {
     "kernel_pytorch.backends.cpu.CpuBackend": Target("backend", ("hardware", "on_mismatch")),
     "kernel_pytorch.backends.nvidia.NvidiaBackend": Target("backend", ("hardware", "on_mismatch")),
@@ -30,8 +32,8 @@ TARGETS: dict[str, Target] = {
         "precision", ("include", "exclude", "dtype", "weight", "activation", "min_features", "allocation", "num_calibration_calls")
     ),
     "kernel_pytorch.memory.offload.OffloadWeights": Target("memory", ("include", "exclude", "prefetch_depth", "num_resident_blocks")),
-    "kernel_pytorch.compile.inductor.InductorCompile": Target("compile", ("mode", "fullgraph", "dynamic")),
-    "kernel_pytorch.compile.regional.RegionalCompile": Target("compile", ("include", "exclude", "mode", "fullgraph", "dynamic")),
+    "kernel_pytorch.compile.inductor.InductorCompile": Target("compile", _COMPILE),
+    "kernel_pytorch.compile.regional.RegionalCompile": Target("compile", ("include", "exclude", *_COMPILE)),
     "kernel_pytorch.graph.capture.CaptureWholeCall": Target(
         "graph", ("strategy", "num_warmup_calls", "min_speedup", "memory_budget_bytes", "dynamic_dims", "bucketing")
     ),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._inductor
 from torch import nn
 
 from kernel_pytorch.backends.base import Backend
@@ -14,41 +16,75 @@ from kernel_pytorch.compile.passes import FuseEpilogues
 from kernel_pytorch.optimizer import Level, Support
 from kernel_pytorch.schema import CompileMode
 
+# Since torch 2.10.
+_DEPENDENT_LAUNCH = "triton.enable_pdl"
+
 
 def compiler_name(backend: Backend) -> str:
     """torch.compile's name for the compiler of this vendor."""
     return "openxla" if backend.vendor == "tpu" else "inductor"
 
 
-def compile_support(backend: Backend, mode: CompileMode, dynamic: bool | None) -> Support:
+@dataclass(frozen=True)
+class CompileSettings:
+    """What the group says of how Inductor compiles. combo_kernels, programmatic_dependent_launch: torch's options of these names."""
+
+    mode: CompileMode = CompileMode.default
+    dynamic: bool | None = None
+    combo_kernels: bool = False
+    programmatic_dependent_launch: bool = False
+
+
+def compile_support(backend: Backend, settings: CompileSettings) -> Support:
     """Inductor writes C++ for the CPU and Triton for GPUs; without their compilers there is nothing to run. XLA brings its own."""
     facts = backend.facts
     if backend.vendor == "tpu":
-        if dynamic:
+        if settings.dynamic:
             return Support(Level.unsupported, "compile.dynamic=true: XLA programs have fixed shapes; without it each shape gets its own")
-        return Support(Level.native, "XLA has one mode: max_autotune is as default" if mode is CompileMode.max_autotune else "")
-    if backend.vendor == "cpu":
+    elif backend.vendor == "cpu":
         if not facts.has_cxx_compiler:
             return Support(
                 Level.unsupported, "torch.compile on a CPU needs a C++ compiler (g++ or clang++), none was found; use compile=none"
             )
-        return Support(Level.native)
-    if not facts.has_triton:
+    elif not facts.has_triton:
         return Support(Level.unsupported, f"torch.compile on {facts.name} needs triton, which it does not support; use compile=none")
+    left_out = _left_out(backend, settings)
+    if left_out:
+        return Support(Level.emulated, "; ".join(f"compile.{name}=true changes nothing: {why}" for name, why in left_out.items()))
+    if backend.vendor == "tpu" and settings.mode is CompileMode.max_autotune:
+        return Support(Level.native, "XLA has one mode: max_autotune is as default")
     return Support(Level.native)
 
 
-def compile_keywords(backend: Backend, mode: CompileMode, *, isolate: bool) -> dict[str, Any]:
+def _left_out(backend: Backend, settings: CompileSettings) -> dict[str, str]:
+    """Settings that are on and that nothing here follows, and why. The results are the same without them."""
+    found: dict[str, str] = {}
+    if settings.combo_kernels and backend.vendor in ("cpu", "tpu"):
+        found["combo_kernels"] = "Inductor joins kernels of Triton, on GPUs"
+    if settings.programmatic_dependent_launch:
+        arch = backend.facts.arch or ""
+        if backend.vendor != "nvidia" or not (arch.startswith("sm_") and int(arch[3:]) >= 90):
+            found["programmatic_dependent_launch"] = f"it needs NVIDIA's sm_90 or newer, this is {backend.facts.name} ({arch or 'unknown'})"
+        elif _DEPENDENT_LAUNCH not in torch._inductor.list_options():
+            found["programmatic_dependent_launch"] = f"Inductor of torch {torch.__version__} does not know it"
+    return found
+
+
+def compile_keywords(backend: Backend, settings: CompileSettings, *, isolate: bool) -> dict[str, Any]:
     """`backend` or `options` for torch.compile, and where this torch has it a recompile limit of the call's own when `isolate`: models of
     one class share their code, and past 8 compiled variants of it torch would run eagerly.
 
     Raises AssertionError if a backend's options turn CUDA graphs on."""
     if backend.vendor == "tpu":
         return {"backend": compiler_name(backend)}
-    options = {"triton.cudagraphs": False, **backend.compile_options(mode.value)}
+    options = {"triton.cudagraphs": False, **backend.compile_options(settings.mode.value)}
     assert options["triton.cudagraphs"] is False, "CUDA graphs belong to the group graph"
     if backend.vendor == "cpu":
         options["pre_grad_custom_pass"] = FuseEpilogues()
+    left_out = _left_out(backend, settings)
+    for name, option in (("combo_kernels", "combo_kernels"), ("programmatic_dependent_launch", _DEPENDENT_LAUNCH)):
+        if getattr(settings, name) and name not in left_out:
+            options[option] = True
     keywords: dict[str, Any] = {"options": options}
     if isolate and "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         keywords["isolate_recompiles"] = True

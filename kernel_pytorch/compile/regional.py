@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from kernel_pytorch.backends.base import Backend
-from kernel_pytorch.compile.options import compile_keywords, compile_module, compile_support, compiler_name, describe
+from kernel_pytorch.compile.options import CompileSettings, compile_keywords, compile_module, compile_support, compiler_name, describe
 from kernel_pytorch.optimizer import Applied, Context, Optimizer, Support, select_modules
 from kernel_pytorch.schema import CompileMode
 
@@ -16,15 +16,24 @@ from kernel_pytorch.schema import CompileMode
 class RegionalCompile(Optimizer):
     """Compiles entries of nn.ModuleList (and nn.Sequential) whose class occurs there more than once, or what `include` names."""
 
-    def __init__(self, *, include: list[str], exclude: list[str], mode: CompileMode, fullgraph: bool, dynamic: bool | None) -> None:
+    def __init__(
+        self,
+        *,
+        include: list[str],
+        exclude: list[str],
+        mode: CompileMode,
+        fullgraph: bool,
+        dynamic: bool | None,
+        combo_kernels: bool = False,
+        programmatic_dependent_launch: bool = False,
+    ) -> None:
         self.include = include
         self.exclude = exclude
-        self.mode = mode
         self.fullgraph = fullgraph
-        self.dynamic = dynamic
+        self.settings = CompileSettings(mode, dynamic, combo_kernels, programmatic_dependent_launch)
 
     def support(self, backend: Backend) -> Support:
-        return compile_support(backend, self.mode, self.dynamic)
+        return compile_support(backend, self.settings)
 
     def apply(self, model: nn.Module, context: Context) -> Applied:
         blocks = repeated_blocks(model)
@@ -32,9 +41,9 @@ class RegionalCompile(Optimizer):
         if not selection.matched:
             return Applied(model, skipped=selection.skipped, not_applicable="the model has no ModuleList that repeats a class")
         # Not isolated: equal blocks share what the first one compiled.
-        keywords: dict[str, Any] = compile_keywords(context.backend, self.mode, isolate=False)
+        keywords: dict[str, Any] = compile_keywords(context.backend, self.settings, isolate=False)
         for module in selection.matched.values():
-            compile_module(module, fullgraph=self.fullgraph, dynamic=self.dynamic, **keywords)
+            compile_module(module, fullgraph=self.fullgraph, dynamic=self.settings.dynamic, **keywords)
         details = {"options": describe(keywords), "blocks": sorted(selection.matched)}
         return Applied(
             model, skipped=selection.skipped, num_changed=len(selection.matched), kernels=(compiler_name(context.backend),), details=details

@@ -13,7 +13,7 @@ from kernel_pytorch.backends.detect import BACKENDS, matches, plan_backend, reso
 from kernel_pytorch.backends.tpu import TpuBackend, architecture, is_installed
 from kernel_pytorch.backends.xla_programs import XlaPrograms, signature
 from kernel_pytorch.compile.inductor import InductorCompile
-from kernel_pytorch.compile.options import compile_keywords, describe
+from kernel_pytorch.compile.options import CompileSettings, compile_keywords, describe
 from kernel_pytorch.devices import DEVICES
 from kernel_pytorch.errors import DeviceNotFoundError
 from kernel_pytorch.optimizer import Level
@@ -69,7 +69,7 @@ def test_a_planned_chip_answers_for_each_kind_of_step() -> None:
     assert compiled[True].support(backend).level is Level.unsupported
     tuned = InductorCompile(mode=CompileMode.max_autotune, fullgraph=False, dynamic=None).support(backend)
     assert (tuned.level, tuned.reason) == (Level.native, "XLA has one mode: max_autotune is as default")
-    keywords = compile_keywords(backend, CompileMode.default, isolate=True)
+    keywords = compile_keywords(backend, CompileSettings(), isolate=True)
     assert (keywords, describe(keywords)) == ({"backend": "openxla"}, {})
 
 

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from kernel_pytorch.backends.cpu import CpuBackend
+from kernel_pytorch.backends.detect import plan_backend
 from kernel_pytorch.compile.inductor import InductorCompile
-from kernel_pytorch.compile.options import compile_keywords
+from kernel_pytorch.compile.options import CompileSettings, compile_keywords, compile_support
 from kernel_pytorch.compile.regional import RegionalCompile, repeated_blocks
-from kernel_pytorch.optimizer import Context, Level
-from kernel_pytorch.schema import CompileMode, OnMismatch
+from kernel_pytorch.optimizer import Context, Level, Support
+from kernel_pytorch.schema import BackendConfig, CompileMode, OnMismatch
 
 
 class Layer(nn.Module):
@@ -117,4 +118,39 @@ def test_a_backend_cannot_turn_cuda_graphs_on() -> None:
             return {"triton.cudagraphs": True}
 
     with pytest.raises(AssertionError, match="CUDA graphs belong to the group graph"):
-        compile_keywords(Graphs(hardware="cpu", on_mismatch=OnMismatch.emulate), CompileMode.default, isolate=True)
+        compile_keywords(Graphs(hardware="cpu", on_mismatch=OnMismatch.emulate), CompileSettings(), isolate=True)
+
+
+BOTH = CompileSettings(combo_kernels=True, programmatic_dependent_launch=True)
+JOINS = "compile.combo_kernels=true changes nothing: Inductor joins kernels of Triton, on GPUs"
+STARTS = "compile.programmatic_dependent_launch=true changes nothing: "
+DEVICES = [
+    ("h100", {"combo_kernels": True, "triton.enable_pdl": True}, ""),
+    ("b200", {"combo_kernels": True, "triton.enable_pdl": True}, ""),
+    ("a100", {"combo_kernels": True}, f"{STARTS}it needs NVIDIA's sm_90 or newer, this is a100 (sm_80)"),
+    ("mi300x", {"combo_kernels": True}, f"{STARTS}it needs NVIDIA's sm_90 or newer, this is mi300x (gfx942)"),
+    ("tpu_v5e", {}, f"{JOINS}; {STARTS}it needs NVIDIA's sm_90 or newer, this is tpu_v5e (v5e)"),
+]
+
+
+@pytest.mark.parametrize(("device", "options", "reason"), DEVICES)
+def test_a_setting_that_a_device_does_not_follow_is_not_passed_and_says_so(device: str, options: dict[str, bool], reason: str) -> None:
+    on = plan_backend(device, BackendConfig())
+    assert compile_support(on, BOTH) == Support(Level.emulated if reason else Level.native, reason)
+    passed = compile_keywords(on, BOTH, isolate=False).get("options", {})
+    assert {name: passed[name] for name in ("combo_kernels", "triton.enable_pdl") if name in passed} == options
+
+
+def test_on_a_cpu_both_are_left_out_and_the_model_compiles() -> None:
+    on = backend(has_cxx_compiler=True)
+    assert compile_support(on, CompileSettings(combo_kernels=True)) == Support(Level.emulated, JOINS)
+    assert compile_support(on, BOTH).reason.startswith(f"{JOINS}; {STARTS}it needs")
+    assert set(compile_keywords(on, BOTH, isolate=False)["options"]) == {"triton.cudagraphs", "pre_grad_custom_pass"}
+
+
+def test_a_torch_without_dependent_launches_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = [name for name in torch._inductor.list_options() if name != "triton.enable_pdl"]
+    monkeypatch.setattr(torch._inductor, "list_options", lambda: options)
+    on = plan_backend("h100", BackendConfig())
+    assert compile_support(on, BOTH).reason == f"{STARTS}Inductor of torch {torch.__version__} does not know it"
+    assert "triton.enable_pdl" not in compile_keywords(on, BOTH, isolate=False)["options"]
