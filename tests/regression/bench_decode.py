@@ -5,7 +5,8 @@ python bench_decode.py OUT.json [--batch 1,8] [--arms A,B] [--warm SECONDS]
 Random weights, static KV cache, 2,048 tokens of context. Every arm gets the same treatment: Q, K, V and gate, up merged, each
 block compiled by torch.compile, the whole step captured in one CUDA graph. Arms replay in turn in one process; the first is
 timed twice (A/A). The error of an arm is its logits' SQNR against the bf16 arm's. An arm that cannot be built is reported with
-its reason; a result that is not finite or not near bf16 ends the run. --warm: before, peers compile one block each in processes of
+its reason; a result that is not finite, not near bf16, or another one in another
+replay ends the run. --warm: before, peers compile one block each in processes of
 their own, which fills the compilers' caches; their timings take turns on the GPU.
 """
 
@@ -163,6 +164,16 @@ class Step:
         self.graph.replay()
         torch.cuda.synchronize()
 
+    def repeats(self) -> bool:
+        """Whether replays leave the same bits: kernels that start before they may would not, now and then."""
+        self.graph.replay()
+        first = self.logits.clone()
+        for _ in range(20):
+            self.graph.replay()
+            if not torch.equal(self.logits, first):
+                return False
+        return True
+
     def _before(self, ids: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x = self.model.embed_tokens(ids)
         keys = self.caches[0][0]
@@ -254,6 +265,9 @@ def run(base: Llama, batch: int, names: list[str], options: argparse.Namespace) 
     broken = [name for name, found in errors.items() if not found >= LEAST_DB and name.startswith("ours")]
     if broken:
         raise SystemExit(f"wrong result: {', '.join(f'{name} {errors[name]:.1f} dB' for name in broken)}")
+    unsteady = [name for name, step in steps.items() if not step.repeats()]
+    if unsteady:
+        raise SystemExit(f"two replays of one step differ: {', '.join(unsteady)}")
     times: dict[str, list[float]] = {name: [] for name in [*steps, "bf16 A/A"]}
     for _ in range(ROUNDS):
         for name in times:

@@ -364,7 +364,7 @@ def _bert(model: nn.Module, source: str, device: torch.device) -> Workload:
     def ring(g: torch.Generator) -> list[Args]:
         return [(integers(g, 30522, 1, 128),) for _ in range(4)]
 
-    extra = {"fused qkv": ["fusion=qkv"], "max_autotune": ["fusion=qkv", "compile=max_autotune"]}
+    extra = {"fused qkv": ["fusion=qkv"]}
     return Workload(ring, ready(model, device, torch.bfloat16), tolerance=4e-2, extra=extra, notes={"source": source})
 
 
