@@ -5,9 +5,9 @@ python bench_decode.py OUT.json [--batch 1,8] [--arms A,B] [--warm SECONDS]
 Random weights, static KV cache, 2,048 tokens of context. Every arm gets the same treatment: Q, K, V and gate, up merged, each
 block compiled by torch.compile, the whole step captured in one CUDA graph. Arms replay in turn in one process; the first is
 timed twice (A/A). The error of an arm is its logits' SQNR against the bf16 arm's. An arm that cannot be built is reported with
-its reason; a result that is not finite, not near bf16, or another one in another
-replay ends the run. --warm: before, peers compile one block each in processes of
-their own, which fills the compilers' caches; their timings take turns on the GPU.
+its reason; a result of ours that is not near bf16, or another one in another replay, ends the
+run (peers that add with atomics repeat no bits). --warm: before, peers compile one block each in processes of their own, which
+fills the compilers' caches; their timings take turns on the GPU.
 """
 
 from __future__ import annotations
@@ -265,7 +265,8 @@ def run(base: Llama, batch: int, names: list[str], options: argparse.Namespace) 
     broken = [name for name, found in errors.items() if not found >= LEAST_DB and name.startswith("ours")]
     if broken:
         raise SystemExit(f"wrong result: {', '.join(f'{name} {errors[name]:.1f} dB' for name in broken)}")
-    unsteady = [name for name, step in steps.items() if not step.repeats()]
+    repeats = {name: step.repeats() for name, step in steps.items()}
+    unsteady = [name for name, same in repeats.items() if not same and name.startswith("ours")]
     if unsteady:
         raise SystemExit(f"two replays of one step differ: {', '.join(unsteady)}")
     times: dict[str, list[float]] = {name: [] for name in [*steps, "bf16 A/A"]}
@@ -277,7 +278,7 @@ def run(base: Llama, batch: int, names: list[str], options: argparse.Namespace) 
         samples.sort()
         median = statistics.median(samples)
         row = {"arm": name, "batch": batch, "ms": median, "p10": samples[len(samples) // 10], "p90": samples[-1 - len(samples) // 10]}
-        row |= {"tokens_per_s": batch * 1e3 / median, "sqnr_db": errors.get(name)}
+        row |= {"tokens_per_s": batch * 1e3 / median, "sqnr_db": errors.get(name), "repeats": repeats.get(name)}
         rows.append(row)
         print(f"batch {batch} {name:24s} {median:7.3f} ms {row['tokens_per_s']:7.0f} tok/s {row['sqnr_db'] or 0:6.1f} dB", flush=True)
     return rows + failed
