@@ -13,7 +13,7 @@ from torch import nn
 from kernel_pytorch.backends.base import Backend
 from kernel_pytorch.backends.xla_programs import XlaPrograms
 from kernel_pytorch.compile.passes import FuseEpilogues
-from kernel_pytorch.optimizer import Level, Support
+from kernel_pytorch.optimizer import Level, Optimizer, Support
 from kernel_pytorch.schema import CompileMode
 
 # Since torch 2.10.
@@ -89,6 +89,25 @@ def compile_keywords(backend: Backend, settings: CompileSettings, *, isolate: bo
     if isolate and "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         keywords["isolate_recompiles"] = True
     return keywords
+
+
+class CompileStep(Optimizer):
+    """What both compile steps take."""
+
+    def __init__(
+        self,
+        *,
+        mode: CompileMode,
+        fullgraph: bool,
+        dynamic: bool | None,
+        combo_kernels: bool = False,
+        programmatic_dependent_launch: bool = False,
+    ) -> None:
+        self.fullgraph = fullgraph
+        self.settings = CompileSettings(mode, dynamic, combo_kernels, programmatic_dependent_launch)
+
+    def support(self, backend: Backend) -> Support:
+        return compile_support(backend, self.settings)
 
 
 def describe(keywords: dict[str, Any]) -> dict[str, Any]:

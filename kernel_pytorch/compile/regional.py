@@ -7,13 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from kernel_pytorch.backends.base import Backend
-from kernel_pytorch.compile.options import CompileSettings, compile_keywords, compile_module, compile_support, compiler_name, describe
-from kernel_pytorch.optimizer import Applied, Context, Optimizer, Support, select_modules
+from kernel_pytorch.compile.options import CompileStep, compile_keywords, compile_module, compiler_name, describe
+from kernel_pytorch.optimizer import Applied, Context, select_modules
 from kernel_pytorch.schema import CompileMode
 
 
-class RegionalCompile(Optimizer):
+class RegionalCompile(CompileStep):
     """Compiles entries of nn.ModuleList (and nn.Sequential) whose class occurs there more than once, or what `include` names."""
 
     def __init__(
@@ -27,13 +26,15 @@ class RegionalCompile(Optimizer):
         combo_kernels: bool = False,
         programmatic_dependent_launch: bool = False,
     ) -> None:
+        super().__init__(
+            mode=mode,
+            fullgraph=fullgraph,
+            dynamic=dynamic,
+            combo_kernels=combo_kernels,
+            programmatic_dependent_launch=programmatic_dependent_launch,
+        )
         self.include = include
         self.exclude = exclude
-        self.fullgraph = fullgraph
-        self.settings = CompileSettings(mode, dynamic, combo_kernels, programmatic_dependent_launch)
-
-    def support(self, backend: Backend) -> Support:
-        return compile_support(backend, self.settings)
 
     def apply(self, model: nn.Module, context: Context) -> Applied:
         blocks = repeated_blocks(model)
