@@ -12,6 +12,7 @@ from torch._dynamo import eval_frame
 from torch.utils._pytree import tree_leaves
 
 from kernel_pytorch.choices import GraphDeploymentStrategy
+from kernel_pytorch.graph import replayer
 from kernel_pytorch.graph.capture import graph_calls
 from kernel_pytorch.graph.graphed_call import GraphedCall
 from kernel_pytorch.graph.manager import CUDAGraphManager
@@ -120,3 +121,10 @@ def _rerun() -> type[Rerun]:
 @pytest.fixture(name="wrap")
 def _wrap() -> Callable[..., tuple[GraphedCall, Rerun]]:
     return wrap
+
+
+@pytest.fixture(params=["C++", "Python"])
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no compiler, Python does all of it."""
+    if request.param == "Python":
+        monkeypatch.setattr(replayer, "replayer_class", lambda: (None, "for this test"))

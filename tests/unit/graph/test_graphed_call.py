@@ -17,11 +17,12 @@ from torch import nn
 from kernel_pytorch.backends.cpu import CpuBackend
 from kernel_pytorch.backends.detect import plan_backend
 from kernel_pytorch.choices import GraphDeploymentStrategy
-from kernel_pytorch.graph import replayer
 from kernel_pytorch.graph.capture import CaptureWholeCall
 from kernel_pytorch.graph.graphed_call import GraphedCall
 from kernel_pytorch.optimizer import Context, Level, Workload
 from kernel_pytorch.schema import BackendConfig, BucketingConfig, OnMismatch
+
+pytestmark = pytest.mark.usefixtures("both_ways")
 
 
 class Double(nn.Module):
@@ -45,13 +46,6 @@ class Cached(nn.Module):
 def _no_grad() -> Any:
     with torch.inference_mode():
         yield
-
-
-@pytest.fixture(autouse=True, params=["C++", "Python"])
-def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no compiler, Python does all of it."""
-    if request.param == "Python":
-        monkeypatch.setattr(replayer, "replayer_class", lambda: (None, "for this test"))
 
 
 def reasons(graphed: GraphedCall) -> list[str]:

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from kernel_pytorch.choices import GraphDeploymentStrategy
-from kernel_pytorch.graph import replayer
 from kernel_pytorch.graph.rival import is_compiled
 from kernel_pytorch.graph.timing import Comparison, Interval
+
+pytestmark = pytest.mark.usefixtures("both_ways")
 
 OFF = 1 + 1e-6
 
@@ -65,12 +66,6 @@ def _fresh() -> Any:
     torch._dynamo.reset()
     with torch.inference_mode():
         yield
-
-
-@pytest.fixture(autouse=True, params=["C++", "Python"])
-def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "Python":
-        monkeypatch.setattr(replayer, "replayer_class", lambda: (None, "for this test"))
 
 
 def test_the_eager_code_is_kept_and_named_where_it_is_faster(wrap: Any, Rerun: Any) -> None:

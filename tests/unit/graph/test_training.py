@@ -21,6 +21,8 @@ from kernel_pytorch.graph import replayer
 from kernel_pytorch.graph.optimizer_state import refusal
 from kernel_pytorch.graph.training import GraphedTrainStep
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.1),
     # Its first step makes the momentum buffers by another formula than the later ones.
@@ -28,13 +30,6 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     # Fused: on a CPU the others wait for the step count.
     "adamw": lambda params: torch.optim.AdamW(params, lr=1e-2, fused=True),
 }
-
-
-@pytest.fixture(autouse=True, params=["C++", "Python"])
-def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no compiler, Python does all of it."""
-    if request.param == "Python":
-        monkeypatch.setattr(replayer, "replayer_class", lambda: (None, "for this test"))
 
 
 def network() -> nn.Module:
