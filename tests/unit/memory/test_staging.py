@@ -97,6 +97,17 @@ def test_a_run_of_it_is_verified_and_timed_against_the_plain_way(make_run) -> No
     assert row.details["copies"]["late"] == 0
 
 
+def test_steps_before_it_may_put_modules_into_blocks_on_the_host(make_run) -> None:
+    run = make_run(10_500_000, "fusion=qkv", "measure=off", "measure.require_gain=false")
+    steps, plan = run.plan()
+    loaded = child._load(run, steps, DecoderSource())
+    run.execute(steps, plan, loaded.model, loaded.workload, name=loaded.name, inplace=False)
+    assert run.report.verdict == "pass"
+    rows = {row.group: row for row in run.report.steps}
+    assert (rows["fusion"].changed, rows["memory"].changed) == (15, 3)
+    assert run.report.verification.implementation.passed
+
+
 def test_packed_weights_do_not_go_with_a_model_on_the_host(make_run) -> None:
     with pytest.raises(UnsupportedOperationError, match="precision=int8_weight_only packs weights on the device"):
         load(make_run(10_500_000, "precision=int8_weight_only"))
