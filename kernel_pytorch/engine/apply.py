@@ -155,7 +155,9 @@ def _receive(built: Built, applied: Applied, row: StepResult | None, context: Co
     row.matched = changed + len(applied.skipped)
     row.skipped = [{"module": skipped.module, "reason": skipped.reason} for skipped in applied.skipped]
     row.bytes_before = _distinct_bytes(change.original for change in applied.changes)
-    row.bytes_after = _distinct_bytes((change.replacement for change in applied.changes), context.backend.device.type)
+    # What the group memory takes off the device is not counted; other steps may change what lies on the host and stays there.
+    counted = context.backend.device.type if row.group == "memory" else None
+    row.bytes_after = _distinct_bytes((change.replacement for change in applied.changes), counted)
     if not applied.changes:
         # A step that changes the model as a whole says its bytes itself.
         row.bytes_before, row.bytes_after = applied.details.get("bytes_before", 0), applied.details.get("bytes_after", 0)

@@ -23,12 +23,12 @@ def offload_of(steps: list[Step], backend: Backend) -> OffloadWeights | None:
 def staged(model: nn.Module, offload: OffloadWeights, steps: list[Step], backend: Backend, report: Report) -> nn.Module:
     """A clone of `model`, which lies on the host, that runs on the device: it stands for the eager model from here on.
 
-    Raises UnsupportedOperationError for a recipe that packs weights, which it does on the device, before they are offloaded."""
+    Raises UnsupportedOperationError for a recipe that allocates formats: what each layer tolerates is measured on the whole model."""
     for step, optimizer in active(steps):
-        if isinstance(optimizer, QuantizeLinears):
+        if isinstance(optimizer, QuantizeLinears) and optimizer.allocation.strategy is not None:
             raise UnsupportedOperationError(
-                f"precision={step.option} packs weights on the device, before memory=offload_weights takes them off, and this model"
-                " is on the host; use precision=none"
+                f"precision={step.option} with allocation.strategy={optimizer.allocation.strategy.value} measures what layers tolerate on a"
+                " model that is on the device, and this one is on the host; allocate where it fits, and give weight.assign here"
             )
     clone = structural_clone(model)
     offload.stage(clone, backend.device)

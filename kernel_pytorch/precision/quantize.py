@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -55,6 +56,7 @@ class QuantizeLinears(Optimizer):
         self.min_features = min_features
         self.allocation = allocation or AllocationConfig()
         self.num_calibration_calls = num_calibration_calls
+        self._device: torch.device | None = None
         # What `apply` chose for each layer that it replaced: `reference` must imitate the same.
         self._chosen: WeakKeyDictionary[nn.Module, _Choice] = WeakKeyDictionary()
 
@@ -83,6 +85,7 @@ class QuantizeLinears(Optimizer):
         if self.activation.mode is ActivationMode.static:
             ranges = observe_ranges(model, linears, context.workload, self.num_calibration_calls)
         emulate = context.emulate or self.support(context.backend).level is not Level.native
+        self._device = context.backend.device
         changes: list[Change] = []
         for name, linear in linears.items():
             if formats[name] == KEEP:
@@ -94,7 +97,7 @@ class QuantizeLinears(Optimizer):
             choice = _Choice(replace(self.weight, format=formats[name], assign=[]), ranges.get(name))
             self._chosen[linear] = choice
             replacement = QuantizedLinear.from_linear(
-                linear,
+                self._on_device(linear),
                 choice.weight,
                 self.activation,
                 dtype=self.dtype,
@@ -102,7 +105,8 @@ class QuantizeLinears(Optimizer):
                 isa=context.backend.facts.isa,
                 input_range=choice.calibrated,
             )
-            changes.append(Change(name, linear, replacement, replacement.kernel))
+            # Where the model does not fit, its layers are packed on the device one by one, and go back.
+            changes.append(Change(name, linear, replacement.to(linear.weight.device), replacement.kernel))
         for change in changes:
             replace_module(model, change.name, change.replacement)
         return Applied(model, changes, skipped, details={**details, **self._details(changes, context)})
@@ -168,7 +172,13 @@ class QuantizeLinears(Optimizer):
         assert isinstance(original, nn.Linear)
         choice = self._chosen.get(original, _Choice(self.weight))
         calibrated = None if choice.calibrated is None else (choice.calibrated.low, choice.calibrated.high)
-        return FakeQuantLinear(original, choice.weight, self.activation, self.dtype, calibrated)
+        return FakeQuantLinear(self._on_device(original), choice.weight, self.activation, self.dtype, calibrated)
+
+    def _on_device(self, linear: nn.Linear) -> nn.Linear:
+        """The layer, or a copy of it on the device, for one of a model that stays on the host."""
+        if self._device is None or self._device.type == "cpu" or linear.weight.device.type != "cpu":
+            return linear
+        return copy.deepcopy(linear).to(self._device)
 
 
 def assigned_formats(model: nn.Module, linears: Mapping[str, nn.Module], weight: WeightConfig) -> dict[str, str]:

@@ -271,6 +271,19 @@ def test_compiled_blocks_and_a_graph_that_is_left_out(compiled: str) -> None:
     assert rows["memory"].details["copies"]["late"] == 0
 
 
+@pytest.mark.parametrize("words", ["fusion=qkv", "precision=fp8_weight_only", "precision=fp8_dynamic", "fusion=qkv precision=nvfp4"])
+def test_steps_before_it_change_a_model_that_stays_on_the_host(words: str) -> None:
+    overrides = ["memory=offload_weights", "measure=off", *words.split()]
+    on_host = optimize(llama(torch.device("cpu")), "eager", args=(tokens(64),), trained=False, overrides=overrides)
+    on_device = optimize(llama(), "eager", args=(tokens(64),), trained=False, overrides=overrides)
+    assert on_host.report.verdict == on_device.report.verdict == "pass"
+    rows = [{row.group: row for row in optimized.report.steps} for optimized in (on_host, on_device)]
+    for group in ("fusion", "precision", "memory"):
+        assert (rows[0][group].changed, rows[0][group].kernels) == (rows[1][group].changed, rows[1][group].kernels)
+    # Packed on the device, one layer at a time: the same bits.
+    assert torch.equal(on_host.model(tokens(64)), on_device.model(tokens(64)))
+
+
 @pytest.mark.parametrize("precision", ["none", "int8_weight_only"])
 def test_save_and_load(tmp_path: Path, precision: str) -> None:
     overrides = ["memory=offload_weights", f"precision={precision}", "measure=off"]

@@ -24,6 +24,7 @@ from kernel_pytorch.memory.streamed import StreamedBlock
 from kernel_pytorch.models.decoder import DecoderSource
 from kernel_pytorch.models.source import Loaded
 from kernel_pytorch.optimizer import tensor_bytes
+from kernel_pytorch.precision.quantized_linear import QuantizedLinear
 from kernel_pytorch.recipe.compose import compose
 from kernel_pytorch.report.progress import Progress
 from kernel_pytorch.report.result import Report
@@ -108,9 +109,27 @@ def test_steps_before_it_may_put_modules_into_blocks_on_the_host(make_run) -> No
     assert run.report.verification.implementation.passed
 
 
-def test_packed_weights_do_not_go_with_a_model_on_the_host(make_run) -> None:
-    with pytest.raises(UnsupportedOperationError, match="precision=int8_weight_only packs weights on the device"):
-        load(make_run(10_500_000, "precision=int8_weight_only"))
+@pytest.mark.parametrize("option", ["int8_weight_only", "nvfp4", "int8_dynamic", "int8_static"])
+def test_packed_weights_go_with_a_model_on_the_host_and_lessen_what_is_copied(make_run, option: str) -> None:
+    run = make_run(10_500_000, f"precision={option}", "measure=off", "measure.require_gain=false")
+    steps, plan = run.plan()
+    loaded = child._load(run, steps, DecoderSource())
+    model = run.execute(steps, plan, loaded.model, loaded.workload, name=loaded.name, inplace=False)
+    assert run.report.verdict == ("emulated" if option == "nvfp4" else "pass")
+    assert run.report.verification.implementation.passed
+    packed = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+    rows = {row.group: row for row in run.report.steps}
+    assert rows["precision"].changed == len(packed) == 3 * 7
+    share = rows["precision"].bytes_after / rows["precision"].bytes_before
+    assert share == pytest.approx({"nvfp4": 4.5 / 32}.get(option, 8 / 32), rel=0.05)
+    # Blocks have norms too, and tensors begin at multiples of 512 bytes.
+    assert 1.0 <= rows["memory"].details["pinned_bytes"] / rows["precision"].bytes_after < 1.1
+
+
+def test_formats_are_not_allocated_for_a_model_on_the_host(make_run) -> None:
+    words = ["precision=nvfp4", "precision.allocation.strategy=layer_adaptive", "precision.allocation.effective_bits=6"]
+    with pytest.raises(UnsupportedOperationError, match="layer_adaptive measures what layers tolerate on a model that is on"):
+        load(make_run(10_500_000, *words, "precision.allocation.formats=[nvfp4,float8_e4m3fn]"))
 
 
 def test_a_model_that_fits_gets_its_device_bytes_from_the_slots(make_run) -> None:
