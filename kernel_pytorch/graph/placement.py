@@ -32,8 +32,8 @@ def can_be_sent(tensor: torch.Tensor) -> bool:
 class HostArguments:
     """Device memory that stands for arguments on the host: all of them are sent at once, and only when one has another value.
 
-    buffers: what stands for argument i, contiguous. sent: int64 [1], the number of the block that was sent last, -1 for none; replayer.cpp
-    sends too."""
+    buffers: what stands for argument i, contiguous. sent: int64 [1], the number of the block that was sent last; less _BLOCKS, where what
+    the device has is not known. The next block follows it either way. replayer.cpp sends too."""
 
     def __init__(self, recorder: Recorder, tensors: list[torch.Tensor], which: list[int]) -> None:
         self._recorder, self._which = recorder, which
@@ -55,6 +55,8 @@ class HostArguments:
         number = (last + 1) % _BLOCKS
         if self.marks:
             self.marks[number].synchronize()
+        # Until all of it is done: what is raised meanwhile leaves neither the old values on the device nor the new ones for sure.
+        self.sent.fill_(number - _BLOCKS)
         for view, tensor in zip(self._in_blocks[number], given, strict=True):
             view.copy_(tensor)
         self.device.copy_(self.blocks[number], non_blocking=True)
@@ -63,8 +65,9 @@ class HostArguments:
         self.sent.fill_(number)
 
     def forget(self) -> None:
-        """The next call sends, whatever its values are."""
-        self.sent.fill_(-1)
+        """The next call sends, whatever its values are, from the next block: the host does not wait for the one before."""
+        if int(self.sent) >= 0:
+            self.sent.sub_(_BLOCKS)
 
     def rows(self, tensors: list[torch.Tensor]) -> list[tuple[int, int]] | None:
         """Number and place of every argument, for one who copies their memory as it is; None where that is not their values in order."""

@@ -298,9 +298,12 @@ struct Host {
     if (places.empty()) return;
     int64_t& last = *sent.mutable_data_ptr<int64_t>();
     if (was_sent(last, at)) return;
-    const size_t next = static_cast<size_t>(last + 1) % blocks.size();
+    // Negative, where it is not known what the device has: the block that follows is the same.
+    const int64_t number = static_cast<int64_t>(blocks.size());
+    const size_t next = static_cast<size_t>(((last + 1) % number + number) % number);
     const WithoutGil without;
     if (!marks.empty()) event(next).synchronize();
+    last = static_cast<int64_t>(next) - number;
     char* block = static_cast<char*>(blocks[next].mutable_data_ptr());
     for (const auto& [index, start] : places) {
       const at::Tensor& tensor = at(index);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -310,6 +311,39 @@ def test_arguments_on_the_host_are_sent_when_they_changed_by_whoever_sees_it(Rer
     host.forget()
     assert (run(), int(host.sent)) == ([38.0, 12.0], 0)
     assert replayer.run((scalar, whole.int()), {}) is NotImplemented
+    # The block that follows, by either: the device may still read the one before.
+    for number in range(1, 20):
+        host.forget()
+        host.forget()
+        if number % 3:
+            run()
+        else:
+            host.send([scalar, whole])
+        assert int(host.sent) == number % 8
+
+
+def test_what_was_not_sent_to_the_end_is_sent_again(Rerun: Any) -> None:
+    class Fails(Rerun):
+        fails = False
+
+        def marks(self, number: int) -> list[Any]:
+            return [SimpleNamespace(synchronize=lambda: None) for _ in range(number)]
+
+        def put(self, mark: Any) -> None:
+            if self.fails:
+                raise KeyboardInterrupt
+
+    recorder, scalar = Fails(), torch.tensor(1.0)
+    host = HostArguments(recorder, [scalar], [0])
+    host.send([scalar])
+    recorder.fails = True
+    with pytest.raises(KeyboardInterrupt):
+        host.send([torch.tensor(2.0)])
+    recorder.fails = False
+    host.send([scalar])
+    assert host.buffers[0].item() == 1.0
+    # The block that the device may still read is not the one that was written.
+    assert int(host.sent) == 2
 
 
 def test_arguments_on_the_host_whose_memory_is_not_their_values_are_left_to_python(Rerun: Any) -> None:
