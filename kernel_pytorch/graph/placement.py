@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernel_pytorch.graph.inputs import overlaps, value_key
+from kernel_pytorch.graph.inputs import overlaps
 from kernel_pytorch.graph.recorder import Recorder
 from kernel_pytorch.graph.state import HOST_BYTES, WriteWatch, same_bits
 
@@ -83,7 +83,7 @@ class HostArguments:
 def _equal(tensor: torch.Tensor, sent: torch.Tensor) -> bool:
     """Whether an argument need not be sent: looking at many floating-point numbers costs more than sending them."""
     if tensor.numel() == 1:
-        return value_key(tensor.item()) == value_key(sent.item())
+        return same_bits(tensor, sent)
     return not (tensor.is_floating_point() or tensor.is_complex()) and torch.equal(tensor, sent)
 
 

@@ -246,6 +246,22 @@ def test_outputs_may_differ_by_roundings_only() -> None:
     assert relative_l2([exact * 1.02], [exact], allowed=1e-2) is None
 
 
+def test_a_number_on_the_host_is_sent_when_any_bit_of_it_changed(Rerun: Any) -> None:
+    nans = torch.tensor([0x7FC00000, -0x400000], dtype=torch.int32).view(torch.float32)
+    scalar = nans[0].clone()
+    host = HostArguments(Rerun(), [scalar], [0])
+    host.send([scalar])
+    scalar.copy_(nans[1])
+    host.send([scalar])
+    assert torch.equal(host.buffers[0].view(torch.int32), scalar.view(torch.int32))
+    # Packed numbers have no value that Python could look at.
+    packed = torch.zeros(1, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    host = HostArguments(Rerun(), [packed], [0])
+    for _ in range(2):
+        host.send([packed])
+    assert int(host.sent) == 0
+
+
 def test_an_infinity_hides_no_difference() -> None:
     exact = torch.tensor([1.0, -torch.inf, torch.nan, 2.0])
     assert relative_l2([exact * (1 + 2e-7)], [exact]) == pytest.approx(2e-7, abs=1e-7)
