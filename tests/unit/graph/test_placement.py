@@ -262,6 +262,14 @@ def test_a_number_on_the_host_is_sent_when_any_bit_of_it_changed(Rerun: Any) -> 
     assert int(host.sent) == 0
 
 
+@pytest.mark.parametrize(
+    ("found", "expected"), [([0.0], [-0.0]), ([torch.inf, 0.0], [torch.inf, -0.0]), ([torch.nan, 0.0], [torch.nan, -0.0])]
+)
+def test_a_zero_of_another_sign_is_not_another_output(found: list[float], expected: list[float]) -> None:
+    assert relative_l2([torch.tensor(found)], [torch.tensor(expected)]) == 0.0
+    assert relative_l2([torch.tensor([*found, 1e-30])], [torch.tensor([*expected, 0.0])]) is None
+
+
 def test_an_infinity_hides_no_difference() -> None:
     exact = torch.tensor([1.0, -torch.inf, torch.nan, 2.0])
     assert relative_l2([exact * (1 + 2e-7)], [exact]) == pytest.approx(2e-7, abs=1e-7)
