@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_BY_VALUE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, Enum)
+BY_VALUE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, Enum)
 _BY_IDENTITY = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, nn.Module)
 _PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
 # Whether a tensor is what torch.vmap or torch.func.grad hands to the function that they transform.
@@ -103,12 +103,12 @@ def _argument(value: Any, call: Call, depth: int) -> None:
     add = call.structure.append
     if isinstance(value, torch.Tensor):
         _leaf(value, call)
-    elif isinstance(value, _BY_VALUE):
+    elif isinstance(value, BY_VALUE):
         call.structure.extend(value_key(value))
     elif type(value) is dict:
         add("{")
         for key, item in value.items():
-            if isinstance(key, _BY_VALUE):
+            if isinstance(key, BY_VALUE):
                 call.structure.extend(value_key(key))
             else:
                 call.refusal = f"a dict argument has a key of type {type(key).__name__}"
@@ -145,7 +145,7 @@ def _inside(value: Any, call: Call, depth: int, seen: set[int]) -> None:
         add((value.shape, value.dtype, value.device))
         place((id(value), value.data_ptr() if is_plain(value) and value.layout is torch.strided else 0))
         call.objects.append(value)
-    elif isinstance(value, _BY_VALUE):
+    elif isinstance(value, BY_VALUE):
         call.structure.extend(value_key(value))
     elif isinstance(value, _BY_IDENTITY) or id(value) in seen:
         place(id(value))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernel_pytorch.graph.inputs import overlaps
+from kernel_pytorch.graph.inputs import BY_VALUE, overlaps, value_key
 from kernel_pytorch.graph.recorder import Recorder
 from kernel_pytorch.graph.state import HOST_BYTES, WriteWatch, same_bits
 
@@ -130,7 +130,7 @@ def relative_l2(found: list[Any], expected: list[Any], allowed: float = 0.0) -> 
     worst = 0.0
     for mine, theirs in zip(found, expected, strict=True):
         if not isinstance(mine, torch.Tensor) or not isinstance(theirs, torch.Tensor):
-            if type(mine) is not type(theirs):
+            if type(mine) is not type(theirs) or (isinstance(mine, BY_VALUE) and value_key(mine) != value_key(theirs)):
                 return None
             continue
         if mine.shape != theirs.shape or mine.dtype != theirs.dtype or mine.device != theirs.device:

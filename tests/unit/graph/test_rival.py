@@ -244,6 +244,17 @@ def test_other_outputs_than_roundings_explain_refuse_it(wrap: Any, Rerun: Any) -
     assert graphed.decisions[0]["code_reason"] == "the eager code's outputs are others than roundings explain"
 
 
+def test_another_value_beside_the_outputs_refuses_it(wrap: Any, Rerun: Any) -> None:
+    class Named(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, str, int]:
+            return x * 2.0, "compiled" if torch.compiler.is_compiling() else "eager", 3
+
+    model = compiled(Named())
+    graphed, _ = wrap(model, Rerun(eager_ms=0.1))
+    assert [model(torch.ones(4))[1:] for _ in range(2)] == [("compiled", 3)] * 2
+    assert graphed.decisions[0]["code_reason"] == "the eager code's outputs are others than roundings explain"
+
+
 def test_a_replay_that_is_not_the_eager_call_refuses_it(wrap: Any, Rerun: Any) -> None:
     class Forgets(Rerun):
         """Replays of the second recording write nothing."""
