@@ -143,6 +143,12 @@ def test_what_is_timed_sends_arguments_on_the_host_every_time(wrap: Any, Rerun: 
                 assert replay().tolist() == [[0.0, 4.0], [8.0, 12.0]]
             return super().compare(plain, replay, undo, margin)
 
+        def milliseconds(self, call: Any, num_calls: int = 1) -> float:
+            sent[-1].zero_()
+            call()
+            assert sent[-1].any(), "what copying in takes is timed of a call that sends"
+            return super().milliseconds(call, num_calls)
+
     monkeypatch.setattr(trial, "HostArguments", Remembers)
     recorder, model = Spoils(), Select()
     wrap(model, recorder)
