@@ -101,11 +101,12 @@ class EagerRival:
             timed = self._manager.recorder.compare(lambda: arms.rehearse(compiled), lambda: arms.rehearse(eager), arms.restore, margin)
         analysis.compiled_replay_ms, analysis.eager_replay_ms = timed.plain_ms, timed.replay_ms
         said = f"the eager code's replay has {timed.plain_ms / timed.replay_ms:.3f} times the speed of the compiled code's"
-        if timed.is_surely(margin):
+        wins, but = timed.is_surely(margin)
+        if wins:
             analysis.code = "eager"
         elif timed.replay_ms > _CLEAR_LOSS * timed.plain_ms:
             self._given_up = f"not tried again: for {arms.kind.row['inputs']} {said}"
-        return f"{said}; {margin:g} asked for"
+        return "; ".join(filter(None, [said, f"{margin:g} asked for", but]))
 
 
 def _layout(leaf: Any) -> Any:

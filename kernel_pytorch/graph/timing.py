@@ -61,10 +61,15 @@ class Comparison:
         loses = [style for style in (single, row) if style is not None and style.high < min(1.0, margin)]
         return (False, f"{said}; slower in one of them") if loses else (True, said)
 
-    def is_surely(self, margin: float) -> bool:
-        """Whether the replay wins by more than `margin` from an idle device, by the whole interval, and does not lose in a row."""
-        single = self.speedup or _exactly(self.plain_ms / self.replay_ms)
-        return single.low > margin and (self.row_speedup is None or self.row_speedup.high >= 1.0)
+    def is_surely(self, margin: float) -> tuple[bool, str]:
+        """Whether the replay wins by more than `margin` from an idle device, by the whole interval, and does not lose in a row; what
+        keeps it from that where its median wins, else ""."""
+        single, row = self.speedup or _exactly(self.plain_ms / self.replay_ms), self.row_speedup
+        if single.low <= margin:
+            return False, f"not sure: {single.low:.3f} to {single.high:.3f}" if single.high > margin else ""
+        if row is not None and row.high < 1.0:
+            return False, f"slower in a row of calls: {row.middle:.3f} times"
+        return True, ""
 
 
 def _exactly(ratio: float) -> Interval:
