@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -23,6 +24,8 @@ from kernel_pytorch.graph.worlds import World, Worlds
 # Calls in a row that are not even described, after others like them could not be recorded.
 _MAX_SKIPPED = 1023
 _REFUSED_IN_A_ROW, _REST = 64, 15
+# Which code runs, compiled or eager, is one setting of the process, which a trial changes: of two, one would record the other's code.
+_TRYING = threading.RLock()
 
 
 class GraphedCall:
@@ -35,8 +38,8 @@ class GraphedCall:
     state that are put back in between. `decisions` says for every kind what was chosen and why.
 
     Not seen: attributes of modules that change between calls other than tensors; a model that changes such attributes
-    itself is found out and never captured. Calls with gradients enabled go straight through. One thread at a time replays;
-    others go straight through.
+    itself is found out and never captured. Calls with gradients enabled go straight through. One thread at a time replays,
+    and one in the process records; others go straight through.
 
     name: of the module within the model, "" for the model itself. writes: arguments that compiled code, which cannot be watched,
     writes to; None for other code. on_cannot: called when a kind of call cannot be recorded as a whole. compiling: entered
@@ -217,10 +220,13 @@ class GraphedCall:
         if graph is not None and not kind.wanted:
             return True, self.manager.replay(kind, graph, call.tensors)
         staged = self._plan(kind, call, at, graph)
-        if staged is None:
+        if staged is None or not _TRYING.acquire(blocking=False):
             self.manager.statistics["straight_calls"] += 1
             return False, None
-        return self._tried(kind, call, staged, args, kwargs)
+        try:
+            return self._tried(kind, call, staged, args, kwargs)
+        finally:
+            _TRYING.release()
 
     def _skip_more(self) -> None:
         """Describing objects costs more than most launches: after each that was for nothing, more calls are not described."""

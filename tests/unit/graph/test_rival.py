@@ -5,6 +5,7 @@ The compiler here is one whose code is off by a millionth, so that an output tel
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import eval_frame
 
 from kernel_pytorch.choices import GraphDeploymentStrategy
 from kernel_pytorch.graph.rival import is_compiled
@@ -156,6 +158,31 @@ def test_it_is_not_tried_where_there_is_no_graph_to_beat(wrap: Any, Rerun: Any) 
     graphed, recorder = wrap(model, Rerun(plain_ms=1.0, replay_ms=1.0, eager_ms=0.1))
     model(torch.ones(4))
     assert (recorder.num_eager, graphed.decisions[0]["captured"], "code" in graphed.decisions[0]) == (0, False, False)
+
+
+def test_a_model_in_another_thread_is_not_recorded_as_the_code_that_is_tried_here(wrap: Any, Rerun: Any) -> None:
+    other = compiled(Double())
+    graphed, recorder = wrap(other, Rerun(eager_ms=2.0))
+
+    def first_call() -> None:
+        with torch.inference_mode():
+            other(torch.ones(4))
+
+    class Meanwhile(Rerun):
+        def record(self, call: Any) -> Any:
+            if eval_frame._stance.stance == "force_eager":
+                thread = threading.Thread(target=first_call)
+                thread.start()
+                thread.join()
+            return super().record(call)
+
+    model = compiled(Double())
+    wrap(model, Meanwhile(eager_ms=0.5))
+    model(torch.ones(4))
+    assert (recorder.num_recorded, eval_frame._stance.stance) == (0, "default")
+    # The next call is recorded.
+    assert torch.equal(other(torch.ones(4)), torch.full((4,), 2.0) * OFF)
+    assert (recorder.num_recorded, recorder.num_eager, graphed.decisions[0]["code"]) == (2, 1, "compiled")
 
 
 def test_models_that_are_not_compiled_have_one_code(wrap: Any, Rerun: Any) -> None:
