@@ -11,6 +11,7 @@ import torch._inductor
 from torch import nn
 
 from kernel_pytorch.backends.base import Backend
+from kernel_pytorch.backends.capabilities import sm_number
 from kernel_pytorch.backends.xla_programs import XlaPrograms
 from kernel_pytorch.compile.passes import FuseEpilogues
 from kernel_pytorch.optimizer import Level, Optimizer, Support
@@ -62,8 +63,8 @@ def _left_out(backend: Backend, settings: CompileSettings) -> dict[str, str]:
     if settings.combo_kernels and backend.vendor in ("cpu", "tpu"):
         found["combo_kernels"] = "Inductor joins kernels of Triton, on GPUs"
     if settings.programmatic_dependent_launch:
-        arch = backend.facts.arch or ""
-        if backend.vendor != "nvidia" or not (arch.startswith("sm_") and int(arch[3:]) >= 90):
+        arch = backend.facts.arch
+        if backend.vendor != "nvidia" or (sm_number(arch) or 0) < 90:
             found["programmatic_dependent_launch"] = f"it needs NVIDIA's sm_90 or newer, this is {backend.facts.name} ({arch or 'unknown'})"
         elif _DEPENDENT_LAUNCH not in torch._inductor.list_options():
             found["programmatic_dependent_launch"] = f"Inductor of torch {torch.__version__} does not know it"

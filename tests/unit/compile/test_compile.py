@@ -141,6 +141,15 @@ def test_a_setting_that_a_device_does_not_follow_is_not_passed_and_says_so(devic
     assert {name: passed[name] for name in ("combo_kernels", "triton.enable_pdl") if name in passed} == options
 
 
+@pytest.mark.parametrize(
+    ("arch", "starts"), [("sm_89", False), ("sm_90a", True), ("sm_100a", True), ("sm_120f", True), ("sm_", False), (None, False)]
+)
+def test_dependent_launches_are_for_architectures_of_any_spelling(arch: str | None, starts: bool) -> None:
+    on = plan_backend("h100", BackendConfig())
+    on._facts = replace(on.facts, arch=arch)
+    assert compile_keywords(on, BOTH, isolate=False)["options"].get("triton.enable_pdl", False) is starts
+
+
 def test_on_a_cpu_both_are_left_out_and_the_model_compiles() -> None:
     on = backend(has_cxx_compiler=True)
     assert compile_support(on, CompileSettings(combo_kernels=True)) == Support(Level.emulated, JOINS)
