@@ -49,12 +49,11 @@ def compile_support(backend: Backend, settings: CompileSettings) -> Support:
             )
     elif not facts.has_triton:
         return Support(Level.unsupported, f"torch.compile on {facts.name} needs triton, which it does not support; use compile=none")
-    left_out = _left_out(backend, settings)
-    if left_out:
-        return Support(Level.emulated, "; ".join(f"compile.{name}=true changes nothing: {why}" for name, why in left_out.items()))
+    # Native: a run that is emulated compiles nothing and has no graph, which is more than such a setting may change.
+    said = [f"compile.{name}=true changes nothing: {why}" for name, why in _left_out(backend, settings).items()]
     if backend.vendor == "tpu" and settings.mode is CompileMode.max_autotune:
-        return Support(Level.native, "XLA has one mode: max_autotune is as default")
-    return Support(Level.native)
+        said.append("XLA has one mode: max_autotune is as default")
+    return Support(Level.native, "; ".join(said))
 
 
 def _left_out(backend: Backend, settings: CompileSettings) -> dict[str, str]:

@@ -136,7 +136,7 @@ DEVICES = [
 @pytest.mark.parametrize(("device", "options", "reason"), DEVICES)
 def test_a_setting_that_a_device_does_not_follow_is_not_passed_and_says_so(device: str, options: dict[str, bool], reason: str) -> None:
     on = plan_backend(device, BackendConfig())
-    assert compile_support(on, BOTH) == Support(Level.emulated if reason else Level.native, reason)
+    assert compile_support(on, BOTH) == Support(Level.native, reason)
     passed = compile_keywords(on, BOTH, isolate=False).get("options", {})
     assert {name: passed[name] for name in ("combo_kernels", "triton.enable_pdl") if name in passed} == options
 
@@ -152,7 +152,7 @@ def test_dependent_launches_are_for_architectures_of_any_spelling(arch: str | No
 
 def test_on_a_cpu_both_are_left_out_and_the_model_compiles() -> None:
     on = backend(has_cxx_compiler=True)
-    assert compile_support(on, CompileSettings(combo_kernels=True)) == Support(Level.emulated, JOINS)
+    assert compile_support(on, CompileSettings(combo_kernels=True)) == Support(Level.native, JOINS)
     assert compile_support(on, BOTH).reason.startswith(f"{JOINS}; {STARTS}it needs")
     assert set(compile_keywords(on, BOTH, isolate=False)["options"]) == {"triton.cudagraphs", "pre_grad_custom_pass"}
 
