@@ -76,7 +76,9 @@ class Graph:
             for index, tensor in enumerate(static):
                 if leaf is tensor:
                     return index
-            index = arguments.get(leaf.untyped_storage()._cdata)
+            # What stands for arguments on the host is one storage.
+            of_host = None if self.host is None else self.host.whose(leaf)
+            index = arguments.get(leaf.untyped_storage()._cdata) if of_host is None else of_host
             # A conjugate, or a negative, that is not computed yet has the argument's memory and other values.
             if index is not None and leaf.dtype == static[index].dtype and not (leaf.is_conj() or leaf.is_neg()):
                 return (index, leaf.shape, leaf.stride(), leaf.storage_offset() - static[index].storage_offset())

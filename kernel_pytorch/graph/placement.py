@@ -69,6 +69,13 @@ class HostArguments:
         if int(self.sent) >= 0:
             self.sent.sub_(_BLOCKS)
 
+    def whose(self, tensor: torch.Tensor) -> int | None:
+        """The argument in whose stand-in a tensor begins."""
+        if tensor.untyped_storage()._cdata != self.device.untyped_storage()._cdata:
+            return None
+        at = tensor.storage_offset() * tensor.itemsize
+        return max((start, i) for i, start in zip(self._which, self.starts, strict=True) if start <= at)[1]
+
     def rows(self, tensors: list[torch.Tensor]) -> list[tuple[int, int]] | None:
         """Number and place of every argument, for one who copies their memory as it is; None where that is not their values in order."""
         plain = all(tensors[i].is_contiguous() and not tensors[i].is_conj() and not tensors[i].is_neg() for i in self._which)

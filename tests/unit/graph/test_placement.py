@@ -128,6 +128,22 @@ def test_what_is_timed_after_a_move_is_a_replay_every_time(wrap: Any, Rerun: Any
         assert [decision["captured"] for decision in graphed.decisions] == [True, True], graphed.decisions
 
 
+def test_a_view_of_an_argument_on_the_host_is_of_that_argument(wrap: Any, Rerun: Any) -> None:
+    class Both(nn.Module):
+        def forward(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Any:
+            return x * a[0] * b[0], a[:1]
+
+    recorder, model = Rerun(), Both()
+    graphed, _ = wrap(model, recorder)
+    x, table = torch.ones(2), torch.ones(64)
+    a, b = table[4:6], table[40:42]
+    recorder.put_elsewhere(table)
+    for value in (1.0, 2.0, 3.0):
+        a[0] = value
+        assert [out[0].item() for out in model(x, a, b)] == [value] * 2
+    assert graphed.manager.statistics["replays"] == 3
+
+
 def test_what_is_timed_sends_arguments_on_the_host_every_time(wrap: Any, Rerun: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[torch.Tensor] = []
 
