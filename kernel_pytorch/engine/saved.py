@@ -12,6 +12,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,10 +177,13 @@ def write(
         folder.mkdir(parents=True, exist_ok=True)
         # What a save that was killed left: its tensors, or its facts, which write_atomically names so.
         for stale in (*folder.glob(f"{_TEMPORARY}*"), *folder.glob(f".{FACTS_FILE}.*")):
-            stale.unlink()
-        save_file(packed, temporary)
-        digest = _sha256(temporary, flush=True)
-        file = FileFacts(name=f"tensors-{digest[:16]}.safetensors", bytes=temporary.stat().st_size, sha256=digest)
+            _remove(stale)
+        # A folder: safetensors writes to a file beside, of a name of its own, which is whole only once it is renamed.
+        temporary.mkdir()
+        written = temporary / "tensors"
+        save_file(packed, written)
+        digest = _sha256(written, flush=True)
+        file = FileFacts(name=f"tensors-{digest[:16]}.safetensors", bytes=written.stat().st_size, sha256=digest)
         facts = Facts(
             kind=KIND,
             format_version=FORMAT_VERSION,
@@ -194,15 +198,21 @@ def write(
             file=file,
         )
         text = json.dumps(facts.model_dump(), indent=1, allow_nan=False) + "\n"
-        os.replace(temporary, folder / file.name)
+        os.replace(written, folder / file.name)
         write_atomically(folder / FACTS_FILE, text)
         if earlier is not None and earlier != file.name:
             (folder / earlier).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{folder}: cannot be written: {_reason(error)}") from error
     finally:
-        if temporary.exists():
-            temporary.unlink()
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()
 
 
 def read(folder: Path) -> Saved:

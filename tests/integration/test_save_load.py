@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -661,10 +662,37 @@ def test_a_save_that_is_killed_at_any_moment_leaves_a_whole_one(tmp_path):
 def test_what_a_killed_save_left_is_gone_after_the_next(tmp_path):
     done, _ = optimized("precision=int8_weight_only")
     done.save(tmp_path / "s")
-    for name in (".saved.json.m9bhwrbi", f"{saved_files._TEMPORARY}0123"):
+    # safetensors was killed while it wrote a file of a name of its own.
+    (tmp_path / "s" / f"{saved_files._TEMPORARY}4567").mkdir()
+    for name in (".saved.json.m9bhwrbi", f"{saved_files._TEMPORARY}0123", f"{saved_files._TEMPORARY}4567/.tmpvWWvoN"):
         (tmp_path / "s" / name).write_text("half")
     done.save(tmp_path / "s", overwrite=True)
     assert sorted(path.suffix for path in (tmp_path / "s").iterdir()) == [".json", ".safetensors"]
+
+
+def test_all_that_is_written_before_it_is_whole_lies_where_the_next_save_looks(tmp_path, monkeypatch):
+    done, _ = optimized("precision=int8_weight_only")
+    done.save(tmp_path / "s")
+    seen: set[str] = set()
+    write = saved_files.save_file
+
+    def watched(tensors, path):
+        def look() -> None:
+            while not stop.is_set():
+                seen.update(path.name for path in (tmp_path / "s").iterdir())
+
+        stop = threading.Event()
+        watcher = threading.Thread(target=look)
+        watcher.start()
+        for _ in range(20):
+            write({**tensors, "more": torch.zeros(2**20)}, path)
+        write(tensors, path)
+        stop.set()
+        watcher.join()
+
+    monkeypatch.setattr(saved_files, "save_file", watched)
+    done.save(tmp_path / "s", overwrite=True)
+    assert {name[: len(saved_files._TEMPORARY)] for name in seen if name.startswith(".")} == {saved_files._TEMPORARY}
 
 
 def test_no_pickle_in_the_folder_and_none_in_the_code(tmp_path):
