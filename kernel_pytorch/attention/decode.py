@@ -18,6 +18,7 @@ from kernel_pytorch.backends.base import Backend
 from kernel_pytorch.errors import UnsupportedOperationError
 from kernel_pytorch.kernels import decode_attention
 from kernel_pytorch.optimizer import Applied, Change, Context, Level, Optimizer, Skipped, Support
+from kernel_pytorch.stance import eager_code
 
 MAX_QUERY_ROWS = 16
 # Two blocks: of fewer keys there is nothing to share.
@@ -194,7 +195,7 @@ def _watch(model: nn.Module, context: Context) -> _SdpaCalls:
     """What one probe call, which runs uncompiled, does with scaled_dot_product_attention."""
     watch = _SdpaCalls(model, on_gpu=not context.emulate)
     try:
-        with torch.inference_mode(), torch.compiler.set_stance("force_eager"), watch:
+        with torch.inference_mode(), eager_code(), watch:
             context.workload.probe(model)
     finally:
         watch.close()

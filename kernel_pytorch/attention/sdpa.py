@@ -19,6 +19,7 @@ from kernel_pytorch.backends.base import Backend
 from kernel_pytorch.errors import UnsupportedOperationError
 from kernel_pytorch.optimizer import Applied, Context, Level, Optimizer, Support
 from kernel_pytorch.schema import SdpaBackend
+from kernel_pytorch.stance import eager_code
 
 _TORCH_NAMES = {
     SdpaBackend.math: SDPBackend.MATH,
@@ -152,7 +153,7 @@ def _watch(model: nn.Module, context: Context, chosen: SdpaBackend) -> _SdpaCall
     """What one probe call, which runs uncompiled, does with scaled_dot_product_attention."""
     watch = _SdpaCalls(model, chosen)
     try:
-        with torch.inference_mode(), torch.compiler.set_stance("force_eager"), watch:
+        with torch.inference_mode(), eager_code(), watch:
             context.workload.probe(model)
     finally:
         watch.close()

@@ -17,6 +17,7 @@ from kernel_pytorch.engine.saved import ProbeFacts
 from kernel_pytorch.errors import ConfigError, VerificationError
 from kernel_pytorch.models.views import spread_rows
 from kernel_pytorch.report.result import Report
+from kernel_pytorch.stance import eager_code
 from kernel_pytorch.verify.model import END_TO_END_MARGIN_DB, LEAST_END_TO_END_DB, rounding_floor, rounding_noise
 from kernel_pytorch.verify.module import first_tensor
 from kernel_pytorch.verify.rows import sqnr_db
@@ -56,7 +57,7 @@ def record(model: nn.Module, call: Call, *, seed: int) -> Recorded:
 
         handles.append(module.register_forward_hook(see))
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with eager_code():
             outputs = outputs_of(model, call, seed=seed)
     finally:
         for handle in handles:

@@ -21,6 +21,7 @@ from kernel_pytorch.graph.state import ModuleGuard, python_state
 from kernel_pytorch.graph.unpadding import Cut, Outputs, cut_leaf
 from kernel_pytorch.graph.watched_call import watched_call
 from kernel_pytorch.schema import BucketingConfig
+from kernel_pytorch.stance import eager_code
 
 # Kinds of calls that differ in more than the declared dims; the least recently used one is forgotten with its buffers.
 _MAX_FAMILIES = 64
@@ -251,7 +252,7 @@ class BucketedCall:
         family, bucket = route.family, route.bucket
         if self._other_tensors():
             self._model_changed()
-        with torch.compiler.set_stance("force_eager"), self._checking():
+        with eager_code(), self._checking():
             seen = watched_call(self._model, self._plain, found.tensors[0].device, args, kwargs)
             if route.exact:
                 bucket.takes_copies = not (seen.writes or seen.changed or Outputs(seen.result).boxes())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -20,12 +19,11 @@ from kernel_pytorch.graph.rival import EagerRival
 from kernel_pytorch.graph.signature import pointers
 from kernel_pytorch.graph.trial import Trial
 from kernel_pytorch.graph.worlds import World, Worlds
+from kernel_pytorch.stance import CHOOSING_CODE
 
 # Calls in a row that are not even described, after others like them could not be recorded.
 _MAX_SKIPPED = 1023
 _REFUSED_IN_A_ROW, _REST = 64, 15
-# Which code runs, compiled or eager, is one setting of the process, which a trial changes: of two, one would record the other's code.
-_TRYING = threading.RLock()
 
 
 class GraphedCall:
@@ -220,13 +218,13 @@ class GraphedCall:
         if graph is not None and not kind.wanted:
             return True, self.manager.replay(kind, graph, call.tensors)
         staged = self._plan(kind, call, at, graph)
-        if staged is None or not _TRYING.acquire(blocking=False):
+        if staged is None or not CHOOSING_CODE.acquire(blocking=False):
             self.manager.statistics["straight_calls"] += 1
             return False, None
         try:
             return self._tried(kind, call, staged, args, kwargs)
         finally:
-            _TRYING.release()
+            CHOOSING_CODE.release()
 
     def _skip_more(self) -> None:
         """Describing objects costs more than most launches: after each that was for nothing, more calls are not described."""

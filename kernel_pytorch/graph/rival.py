@@ -16,6 +16,7 @@ from kernel_pytorch.graph.failures import CALL_ERRORS, first_line
 from kernel_pytorch.graph.kinds import Kind
 from kernel_pytorch.graph.manager import CUDAGraphManager
 from kernel_pytorch.graph.placement import relative_l2
+from kernel_pytorch.stance import eager_code
 
 # What it must win by, whatever less is asked of a replay; and what it loses by before it is not tried again.
 _MARGIN, _CLEAR_LOSS = 1.02, 1.25
@@ -63,7 +64,7 @@ class EagerRival:
             return compiled
         eager: Graph | None = None
         try:
-            with torch.compiler.set_stance("force_eager"):
+            with eager_code():
                 eager = arms.record()
             analysis.code_reason = self._refused(compiled, eager, arms, analysis) or self._timed(compiled, eager, arms, analysis)
         except CALL_ERRORS as error:
@@ -81,7 +82,7 @@ class EagerRival:
             return f"the budget of {self._manager.budget_bytes} bytes has no room for the eager code"
         arms.undo()
         expected = arms.call()
-        with torch.compiler.set_stance("force_eager"):
+        with eager_code():
             own = arms.call()
         found = arms.replay(eager)
         # Before anything is put back: what was written is compared where it is.

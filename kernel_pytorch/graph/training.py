@@ -24,6 +24,7 @@ from kernel_pytorch.graph.recorder import CudaRecorder, Recorder, Recording
 from kernel_pytorch.graph.replayer import Looks, configured
 from kernel_pytorch.graph.state import ModuleGuard, WriteWatch, python_state
 from kernel_pytorch.graph.strategy import terms
+from kernel_pytorch.stance import eager_code
 
 # Each costs a second or more; a learning rate that is another float in every step would never earn it back.
 _MAX_CAPTURES = 8
@@ -249,7 +250,7 @@ class GraphedTrainStep:
         """Records and times the step, and keeps the graph or says in `decisions` why not. Leaves memory and random state changed."""
         start = time.monotonic()
         before = (python_state(self._model), host_values(self._optimizer), torch.get_rng_state())
-        with torch.compiler.set_stance("force_eager"), watch:
+        with eager_code(), watch:
             self._plain(*inputs)
         why = self._seen(before, call, watch)
         if why is not None:

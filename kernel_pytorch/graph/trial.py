@@ -25,6 +25,7 @@ from kernel_pytorch.graph.placement import HostArguments, HostState, can_be_sent
 from kernel_pytorch.graph.recorder import Recording
 from kernel_pytorch.graph.rival import Arms, EagerRival
 from kernel_pytorch.graph.state import ModuleGuard, WriteWatch, python_state, same_bits
+from kernel_pytorch.stance import eager_code
 
 _COPY_SAMPLES = 5
 # A replay with copies over one in place: from here on, addresses that come back get graphs of their own.
@@ -298,7 +299,7 @@ class Trial:
     def _watched(self, watch: WriteWatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for index in self._writes or ():
             watch.will_write(describe(args, kwargs).tensors[index])
-        with torch.compiler.set_stance("force_eager"), watch:
+        with eager_code(), watch:
             return self._plain(*args, **kwargs)
 
     def _elsewhere(self, watch: WriteWatch) -> str | None:

@@ -26,7 +26,7 @@ LAYERS = (
     ("registry",),
     ("values",),
     ("schema",),
-    ("optimizer",),
+    ("optimizer", "stance"),
     ("kernels",),
     ("backends",),
     ("attention", "fusion", "precision", "memory", "compile", "graph", "models", "verify", "measure", "report", "recipe"),

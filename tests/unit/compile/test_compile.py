@@ -1,5 +1,7 @@
 """Compile steps: names stay, graphs stay off, equal blocks compile once, a missing compiler is an answer."""
 
+import threading
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +16,7 @@ from kernel_pytorch.compile.options import CompileSettings, compile_keywords, co
 from kernel_pytorch.compile.regional import RegionalCompile, repeated_blocks
 from kernel_pytorch.optimizer import Context, Level, Support
 from kernel_pytorch.schema import BackendConfig, CompileMode, OnMismatch
+from kernel_pytorch.stance import eager_code
 
 
 class Layer(nn.Module):
@@ -163,3 +166,28 @@ def test_a_torch_without_dependent_launches_says_so(monkeypatch: pytest.MonkeyPa
     on = plan_backend("h100", BackendConfig())
     assert compile_support(on, BOTH).reason == f"{STARTS}Inductor of torch {torch.__version__} does not know it"
     assert "triton.enable_pdl" not in compile_keywords(on, BOTH, isolate=False)["options"]
+
+
+def test_threads_that_switch_compiled_code_off_take_turns() -> None:
+    inside, leave, order = threading.Event(), threading.Event(), []
+
+    def first() -> None:
+        with eager_code():
+            inside.set()
+            leave.wait(10)
+            order.append("first leaves")
+
+    def second() -> None:
+        with eager_code():
+            order.append("second enters")
+
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    threads[0].start()
+    assert inside.wait(10)
+    threads[1].start()
+    time.sleep(0.05)
+    leave.set()
+    for thread in threads:
+        thread.join()
+    assert order == ["first leaves", "second enters"]
+    assert torch._dynamo.eval_frame._stance.stance == "default"
