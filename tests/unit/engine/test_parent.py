@@ -123,6 +123,14 @@ def test_what_an_earlier_run_left_is_gone(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "out")) == ["notes.md", "result.json"]
 
 
+def has_processes(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def test_sigterm_lets_a_real_run_write_what_it_has(tmp_path: Path) -> None:
     words = ["compile=default", "model=decoder", "measure.num_rounds=10000", "data.length=32", "hydra.run.dir=out"]
     command = [sys.executable, "-m", "kernel_pytorch", *words]
@@ -139,5 +147,8 @@ def test_sigterm_lets_a_real_run_write_what_it_has(tmp_path: Path) -> None:
     assert (parent.returncode, result["verdict"], result["exit_code"]) == (130, "interrupted", 130)
     assert b"Traceback" not in err
     assert sorted(os.listdir(tmp_path / "out")) == ["log.txt", "result.json"]
-    with pytest.raises(ProcessLookupError):
-        os.killpg(parent.pid, 0)
+    # Compilers that the run had started end when they find it gone, on a busy machine a moment later.
+    deadline = time.monotonic() + 20
+    while has_processes(parent.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not has_processes(parent.pid)
