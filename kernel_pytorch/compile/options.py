@@ -17,7 +17,7 @@ from kernel_pytorch.compile.passes import FuseEpilogues
 from kernel_pytorch.optimizer import Level, Optimizer, Support
 from kernel_pytorch.schema import CompileMode
 
-# Since torch 2.10.
+# torch 2.9 does not have it.
 _DEPENDENT_LAUNCH = "triton.enable_pdl"
 
 

@@ -19,8 +19,10 @@ from kernel_pytorch.report.result import StepResult
 # Steps that wrap the call instead of replacing modules; they come last, and plain-torch emulation leaves them out.
 CALL_GROUPS = ("compile", "graph")
 # What a graph decision says of speed, which only a verified and timed run may show.
-_OF_CODES = ("compiled_replay_ms", "eager_replay_ms", "code_reason")
-_SPEED = ("plain_ms", "replay_ms", "plain_row_ms", "replay_row_ms", "launch_overhead_ms", "copy_ms", "speedup", "reason", *_OF_CODES)
+_SPEED = (
+    *("plain_ms", "replay_ms", "plain_row_ms", "replay_row_ms", "launch_overhead_ms", "copy_ms", "speedup", "reason"),
+    *("compiled_replay_ms", "eager_replay_ms", "code_reason"),
+)
 Contexts = list[Callable[[], AbstractContextManager[Any]]]
 
 
