@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,7 +45,7 @@ class Graph:
         repeatable: bool,
     ) -> None:
         self.number = next(_numbers)
-        self.recording, self.buffers, self.pure, self.repeatable = recording, buffers, pure, repeatable
+        self.buffers, self.pure, self.repeatable = buffers, pure, repeatable
         self.host = host
         self.places = call.places()
         self.pointers = pointers(call.tensors)
@@ -59,9 +60,14 @@ class Graph:
         self._keep = (call.objects, [storage for key, storage in watch.found.items() if key not in own])
         leaves, self.spec = tree_flatten(recording.output)
         self._sources = [self._source(leaf, call, static, arguments, watch) for leaf in leaves]
-        # Arguments that come back are not held.
-        self._leaves: list[Any] = [leaf if type(source) is str else None for leaf, source in zip(leaves, self._sources, strict=True)]
-        self.held_bytes = recording.held_bytes + sum(buffer.nbytes for buffer in buffers.values())
+        # Neither arguments that come back are held nor what is copied out: until the next replay it is nobody else's either way.
+        self._leaves: list[Any] = [leaf if source == "same" else None for leaf, source in zip(leaves, self._sources, strict=True)]
+        clones = [i for i, source in enumerate(self._sources) if source == "clone"]
+        let_go = recording.let_go([leaves[i] for i in clones])
+        for i, tensor in zip(clones, let_go.tensors, strict=True):
+            self._leaves[i] = tensor
+        self.recording = replace(recording, output=None, held_bytes=max(0, recording.held_bytes - let_go.num_bytes))
+        self.held_bytes = self.recording.held_bytes + sum(buffer.nbytes for buffer in buffers.values())
         self.pool_bytes = recording.pool_bytes
         self.copied_bytes = sum(buffer.nbytes for buffer in buffers.values())
         self.num_replays = 0

@@ -9,12 +9,13 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from kernel_pytorch.graph.outputs import LetGo, held, in_pool
 from kernel_pytorch.graph.timing import Comparison, compare
 
 
@@ -22,12 +23,13 @@ from kernel_pytorch.graph.timing import Comparison, compare
 class Recording:
     """output: what the recorded call returned, in memory that `replay` writes again. pool_bytes: the most that the recorded call
     had allocated at once. held_bytes: what of it is still allocated, its outputs; the rest is free for the next recording in the
-    same pool."""
+    same pool. let_go: of outputs that are read between a replay and the next one only, what is to be held in their place."""
 
     output: Any
     replay: Callable[[], None]
     pool_bytes: int = 0
     held_bytes: int = 0
+    let_go: Callable[[Sequence[torch.Tensor]], LetGo] = held
 
 
 class Recorder(ABC):
@@ -202,7 +204,7 @@ class CudaRecorder(Recorder):
                 torch.clear_autocast_cache()
         self._graphs.add(graph)
         most, still = torch.cuda.max_memory_allocated(self.device), torch.cuda.memory_allocated(self.device)
-        return Recording(output, graph.replay, most - before, max(0, still - before))
+        return Recording(output, graph.replay, most - before, max(0, still - before), functools.partial(in_pool, self._pool))
 
     def _new_stream(self) -> torch.cuda.Stream:
         """One that nothing was recorded on, while there is one. torch gives out the same few in turns, so those that are taken are

@@ -93,7 +93,8 @@ def test_twelve_lengths_are_a_graph_a_bucket_and_come_back_as_they_are(dtype: to
     print(bucketed.report, bucketed.waste)
 
 
-def test_kept_graphs_take_less_memory_than_one_for_every_length() -> None:
+def test_kept_graphs_are_fewer_and_take_what_the_largest_one_does() -> None:
+    """Without padding too: outputs and what a call needs while it runs are memory that all graphs share."""
     held = {}
     for name in ("padded", "not padded"):
         gc.collect()
@@ -107,7 +108,7 @@ def test_kept_graphs_take_less_memory_than_one_for_every_length() -> None:
         del model, graphed
     print(held)
     assert held["padded"][0] < held["not padded"][0]
-    assert held["padded"][1] < held["not padded"][1]
+    assert held["padded"][1] == pytest.approx(held["not padded"][1], rel=0.05)
 
 
 def test_calls_on_two_streams_do_not_overwrite_each_others_inputs() -> None:

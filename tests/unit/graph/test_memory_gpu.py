@@ -170,3 +170,99 @@ def test_host_memory_that_the_call_makes_is_not_read_again_after_it() -> None:
         assert model(x).tolist() == [3.0] * 4
         del junk
     assert graphed.decisions[0]["reason"].startswith("the call takes host memory that the model does not hold"), graphed.decisions
+
+
+class Widens(nn.Module):
+    """float32 [N] to [N, 2**20]: an output beside which nothing else counts."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, None] * torch.arange(2**20, device=x.device, dtype=x.dtype)
+
+
+def test_outputs_of_all_graphs_share_memory_and_callers_keep_theirs() -> None:
+    model = Widens()
+    graphed = wrap(model)
+    xs = [torch.full((rows,), float(rows), device="cuda") for rows in (8, 7, 6, 5)]
+    kept = [model(x) for x in xs for _ in range(2)]
+    torch.cuda.synchronize()
+    recorder = graphed.manager.recorder
+    assert isinstance(recorder, CudaRecorder)
+    of_pool = [row["total_size"] for row in torch.cuda.memory_snapshot() if row["segment_pool_id"] == tuple(recorder._pool)]
+    # The largest output is 32 MB, what it is made of 4, which torch takes 20 for; the four outputs together would be 104.
+    assert sum(of_pool) <= 64 * 2**20, of_pool
+    assert graphed.manager.statistics["captures"] == 4
+    assert [decision["held_bytes"] for decision in graphed.decisions] == [
+        x.nbytes if d["copied_bytes"] else 0 for x, d in zip(xs, graphed.decisions, strict=True)
+    ]
+    for _ in range(3):
+        kept += [model(x) for x in reversed(xs)]
+    column = torch.arange(2**20, device="cuda", dtype=torch.float32)
+    assert graphed.manager.statistics["replays"] >= 12
+    assert all(torch.equal(y, len(y) * column.expand(len(y), -1)) for y in kept)
+
+
+class Layouts(nn.Module):
+    """Outputs of many types and layouts, some of one memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.constant = (torch.arange(4.0, device="cuda"),)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = x * 2
+        z = torch.complex(x, y)
+        return (
+            y,
+            y[1:, ::2],
+            y.t(),
+            x.bfloat16() + 1,
+            x > 0,
+            z,
+            z.conj(),
+            (x.half() * 3).to(torch.float8_e4m3fn),
+            x.new_zeros(0),
+            self.constant[0],
+            y.sum(),
+        )
+
+
+def test_outputs_of_every_layout_are_what_the_call_returns() -> None:
+    model = Layouts()
+    graphed = wrap(model)
+    xs = [torch.randn(6, rows, device="cuda") for rows in (8, 4)]
+    expected = [model.forward(x) for x in xs]
+    for _ in range(3):
+        for x, outputs in zip(xs, expected, strict=True):
+            for given, wanted in zip(model(x), outputs, strict=True):
+                # What skips over memory comes back without the gaps, as clones do.
+                assert (given.dtype, given.shape, given.stride()) == (wanted.dtype, wanted.shape, wanted.clone().stride())
+                assert torch.equal(
+                    given.float() if given.dtype == torch.float8_e4m3fn else given,
+                    wanted.float() if wanted.dtype == torch.float8_e4m3fn else wanted,
+                )
+    assert (graphed.manager.statistics["captures"], [d["captured"] for d in graphed.decisions]) == (2, [True, True])
+
+
+def test_an_output_that_was_there_before_stays_alive_with_the_graph() -> None:
+    """Nothing of the call touches it, so nothing but the output says that it is used."""
+
+    class Gives(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.given = [torch.full((2**20,), 5.0, device="cuda")]
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x * 2 + 1 - x, self.given[0]
+
+    model = Gives()
+    graphed = wrap(model)
+    x = torch.ones(2**20, device="cuda")
+    for _ in range(2):
+        model(x)
+    assert graphed.manager.statistics["captures"] == 1
+    graph = graphed.manager._all()[0][1]
+    del model.given[0]
+    junk = [torch.full((2**20,), torch.nan, device="cuda") for _ in range(4)]
+    outputs = graph.run([x])
+    assert (outputs[0].sum().item(), outputs[1].sum().item()) == (2.0 * 2**20, 5.0 * 2**20)
+    assert all(bool(tensor.isnan().all()) for tensor in junk)

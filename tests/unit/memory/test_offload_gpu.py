@@ -274,8 +274,9 @@ def test_compiled_blocks_and_a_graph_that_is_left_out(compiled: str) -> None:
 @pytest.mark.parametrize("words", ["fusion=qkv", "precision=fp8_weight_only", "precision=fp8_dynamic", "fusion=qkv precision=nvfp4"])
 def test_steps_before_it_change_a_model_that_stays_on_the_host(words: str) -> None:
     overrides = ["memory=offload_weights", "measure=off", *words.split()]
-    on_host = optimize(llama(torch.device("cpu")), "eager", args=(tokens(64),), trained=False, overrides=overrides)
-    on_device = optimize(llama(), "eager", args=(tokens(64),), trained=False, overrides=overrides)
+    # Weights drawn on the host and on the device are others.
+    models = llama(torch.device("cpu")), llama(torch.device("cpu")).to(DEVICE)
+    on_host, on_device = (optimize(model, "eager", args=(tokens(64),), trained=False, overrides=overrides) for model in models)
     assert on_host.report.verdict == on_device.report.verdict == "pass"
     rows = [{row.group: row for row in optimized.report.steps} for optimized in (on_host, on_device)]
     for group in ("fusion", "precision", "memory"):
