@@ -37,7 +37,6 @@ BLOCK = {"nvfp4": 16, "mxfp4": 32}
 MAX_ROWS = 32
 TILE, CHUNK, PAIR, SCALE_BLOCK = 16, 64, 128, 16
 WORDS_A_PAIR, SCALES_A_PAIR = TILE * PAIR // 8, TILE * PAIR // SCALE_BLOCK
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # Bits of a half word that hold the sign and the lowest magnitude bit of its four values.
 SIGNS, MAGNITUDES = (15, 9, 10, 14), (6, 0, 3, 11)
 # A scale code is an exponent over -21 and three mantissa bits: E4M3's range with its subnormals made normal.
@@ -178,12 +177,19 @@ def unpack(packed: Packed, format: str, in_features: int) -> tuple[torch.Tensor,
     return nibbles[..., 0] | (nibbles[..., 1] << 4), scale, global_scale
 
 
+def _values(nibbles: torch.Tensor) -> torch.Tensor:
+    """E2M1 codes as float32. Computed: a table would come from host memory in every call, which waits for the device and which no CUDA
+    graph records."""
+    low, exponent = (nibbles & 1).float(), ((nibbles >> 1) & 3).to(torch.int32)
+    magnitude = torch.where(exponent == 0, low * 0.5, torch.ldexp(2 + low, exponent - 2))
+    return torch.where(nibbles >= 8, -magnitude, magnitude)
+
+
 def dequantize(packed: Packed, in_features: int) -> torch.Tensor:
     """The packed weight as float32 [N, in_features], the scale of its tensor or row included."""
-    table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=packed.words.device)
     code = _codes(packed)
     scale = torch.ldexp((8 + (code & 7)).float(), (code >> 3) - _EXPONENT_BIAS - 3)
-    values = table[_nibbles(packed).to(torch.int32)].view(*scale.shape, SCALE_BLOCK) * scale[..., None]
+    values = _values(_nibbles(packed)).view(*scale.shape, SCALE_BLOCK) * scale[..., None]
     n = packed.channel.shape[0]
     return values.flatten(1)[:n, :in_features] * (packed.channel * _VALUE_SCALE)[:, None]
 

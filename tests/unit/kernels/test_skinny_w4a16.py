@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from kernel_pytorch.backends.kernel_compiler import compiler_for
 from kernel_pytorch.kernels import builds
@@ -67,6 +68,26 @@ def test_unpack_returns_what_pack_was_given(fmt, k):
     assert (packed.words.shape, packed.scales.shape) == ((1, 256 * pairs), (1, 128 * pairs))
     # 4.5 bits for each of 16 rows and 128 columns.
     assert packed.words.nbytes + packed.scales.nbytes == 16 * 128 * pairs * 4.5 / 8
+
+
+class _HostReads(TorchFunctionMode):
+    """Refuses what makes a tensor of Python numbers: on a GPU each is a copy from host memory."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.tensor, torch.as_tensor, torch.from_numpy), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_weight_is_expanded_without_reading_host_memory(fmt):
+    _, packed, values, _ = make(2, 16, 256, fmt, torch.float32, "cpu")
+    with _HostReads():
+        assert torch.equal(op.dequantize(packed, 256), values)
+    # Both zeros, and every value of a code.
+    codes = torch.arange(16, dtype=torch.uint8)
+    magnitudes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    assert op._values(codes).tolist() == [*magnitudes, *(-value for value in magnitudes)]
+    assert op._values(codes)[8].signbit()
 
 
 def test_every_code_and_every_scale_survives():
@@ -244,3 +265,12 @@ class TestOnGpu:
         graph.replay()
         assert torch.equal(y, expected)
         torch.library.opcheck(torch.ops.kernel_pytorch.skinny_w4a16.default, (x, *packed, bias))
+
+    def test_an_expanded_weight_is_captured(self, fmt, dtype):
+        _, packed, values, _ = make(4, 512, 1024, fmt, dtype, "cuda")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = op.dequantize(packed, 1024)
+        y.zero_()
+        graph.replay()
+        assert torch.equal(y, values)
