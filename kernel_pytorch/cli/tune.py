@@ -96,6 +96,7 @@ def tune(words: list[str]) -> int:
         path = tables.user_file(kernel, gpu) if request.out is None else request.out
         path = path / tables.file_name(kernel, gpu) if path.is_dir() else path
         print(f"{kernel} on {gpu}: {len(request.layers)} layers, {request.seconds:g} s", flush=True)
-        tables.write(path, measured(kernel, request.layers, request.seconds, lambda line: print(line, flush=True)))
+        for table in measured(kernel, request.layers, request.seconds, lambda line: print(line, flush=True)):
+            tables.write(path, table)
         print(f"{path} written", flush=True)
     return 0

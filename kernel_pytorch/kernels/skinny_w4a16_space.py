@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 
@@ -81,10 +82,15 @@ def reference(x: torch.Tensor, stored: Stored) -> torch.Tensor:
     return op.reference(x, op.dequantize(op.Packed(*stored), x.shape[-1]))
 
 
+@functools.cache
+def _expansion() -> Callable[..., torch.Tensor]:
+    """Compiled, as in a compiled model, once for all layers: torch gives up code that it compiles again and again."""
+    return torch.compile(lambda k, dtype, *parts: op.dequantize(op.Packed(*parts), k).to(dtype), dynamic=True)
+
+
 def _expanded(stored: Stored) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The weight expanded to x's dtype at each call, a library's product; compiled, as in a compiled model."""
-    road = torch.compile(lambda x, *parts: op.reference(x, op.dequantize(op.Packed(*parts), x.shape[-1])), dynamic=False)
-    return lambda x: road(x, *stored)
+    """The weight expanded to x's dtype at each call, a library's product."""
+    return lambda x: torch.nn.functional.linear(x, _expansion()(x.shape[-1], x.dtype, *stored))
 
 
 SPACE = Space(candidates, neighbours, variant, store, launch, reference, {"dequantize": _expanded})

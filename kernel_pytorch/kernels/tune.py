@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -278,8 +278,9 @@ class Search:
         return found
 
 
-def measured(kernel: str, layers: Sequence[tuple[int, int]], seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
-    """The table of one kernel for layers (N, K) on the current GPU, as `tables.read` gives it, with what it was measured on.
+def measured(kernel: str, layers: Sequence[tuple[int, int]], seconds: float, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """The table of one kernel for layers (N, K) on the current GPU, as `tables.read` gives it, with what it was measured on: once
+    its configurations are found, and again with the crossovers.
 
     seconds: of the search; the crossovers come after it, about five seconds a layer. Raises CompilationError where nothing is right."""
     rows = importlib.import_module(f"kernel_pytorch.kernels.{kernel}").ROWS
@@ -288,17 +289,13 @@ def measured(kernel: str, layers: Sequence[tuple[int, int]], seconds: float, say
         results = search.run()
     for r in results:
         say(f"{r.n}x{r.k} M={r.m}: {r.us:.2f} us, before {r.before:.2f}")
+    configs = [{"n": r.n, "k": r.k, "m": r.m, "us": round(r.us, 2), "config": dataclasses.asdict(r.config)} for r in results]
+    gpu, date = torch.cuda.get_device_name(), str(datetime.date.today())
+    table = {"kernel": kernel, "gpu": gpu, "torch": torch.__version__, "triton": triton.__version__, "date": date, "configs": configs}
+    yield table | {"crossover": []}
     crossover = []
     for n, k in layers:
         found = search.crossovers(n, k, {r.m: r.config for r in results if (r.n, r.k) == (n, k)})
         crossover += found
         say(f"{n}x{k} no slower up to M: " + ", ".join(f"{row['m']} than {row['against']}" for row in found))
-    return {
-        "kernel": kernel,
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "date": str(datetime.date.today()),
-        "configs": [{"n": r.n, "k": r.k, "m": r.m, "us": round(r.us, 2), "config": dataclasses.asdict(r.config)} for r in results],
-        "crossover": crossover,
-    }
+    yield table | {"crossover": crossover}

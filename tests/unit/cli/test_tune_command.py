@@ -90,10 +90,28 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[object,
 
     def measured(kernel, layers, seconds, say):
         calls.append((kernel, layers, seconds))
-        return {"kernel": kernel, "gpu": "X", "configs": [ROW], "crossover": []}
+        yield {"kernel": kernel, "gpu": "X", "configs": [ROW], "crossover": []}
 
     monkeypatch.setattr(search, "measured", measured)
     return calls
+
+
+def test_what_a_search_found_is_kept_when_the_crossovers_fail(monkeypatch, asked):
+    from kernel_pytorch.kernels import tables
+    from kernel_pytorch.kernels import tune as search
+
+    found = search.measured
+
+    def fails(*words):
+        yield from found(*words)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(search, "measured", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        main(["tune", "--kernel", "skinny_w8a16", "--layer", "96x64", "--seconds", "5"])
+    tables.load.cache_clear()
+    assert tables.load("skinny_w8a16", "X")["configs"] == {(96, 64, 1): {"block_n": 4}}
+    tables.load.cache_clear()
 
 
 def test_the_users_folder_is_written_where_the_kernels_look(asked, capsys):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kernel_pytorch.errors import CompilationError
+from kernel_pytorch.kernels import skinny_w4a16_space as spaces4
 from kernel_pytorch.kernels import skinny_w8a16 as op
 from kernel_pytorch.kernels import skinny_w8a16_space as spaces
 from kernel_pytorch.kernels import tune
@@ -157,6 +158,28 @@ def test_code_is_shared_between_shapes_that_no_tile_cuts():
     assert spaces.variant(config, 5, 4096, 4096) == spaces.variant(replace(config, split=2), 5, 4096, 4096)
     assert spaces.variant(config, 5, 4096, 4096) != spaces.variant(config, 5, 4096, 4100)
     assert spaces.variant(config, 5, 4096, 4096) != spaces.variant(config, 9, 4096, 4096)
+
+
+def test_the_road_that_expands_4_bit_weights_is_compiled_for_all_layers_and_row_counts():
+    """torch runs code eagerly that it has compiled eight times: an eager road would look slow."""
+    compiled: list[int] = []
+    torch._dynamo.reset()
+    spaces4._expansion.cache_clear()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for n in (16, 32, 48, 64):
+        weight = torch.randn(n, 256)
+        roads = [spaces4.SPACE.against["dequantize"](spaces4.store(weight)) for _ in range(2)]
+        for m in (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377):
+            x = torch.randn(m, 256)
+            for road in roads:
+                y = road(x)
+                assert y.shape == (m, n)
+        compiled.append(counters["stats"]["unique_graphs"])
+        exact = spaces4.SPACE.reference(x.double(), spaces4.store(weight))
+        assert tune.relative_error(y, exact) < 1e-5
+    assert compiled[-1] <= 2
+    assert not counters["graph_break"], counters["graph_break"]
 
 
 @pytest.mark.parametrize(("space", "most"), [(spaces.SPACE, 0.03), (spaces.INT8, 0.01)])
