@@ -84,8 +84,8 @@ def reference(x: torch.Tensor, stored: Stored) -> torch.Tensor:
 
 @functools.cache
 def _expansion() -> Callable[..., torch.Tensor]:
-    """Compiled, as in a compiled model, once for all layers: torch gives up code that it compiles again and again."""
-    return torch.compile(lambda k, dtype, *parts: op.dequantize(op.Packed(*parts), k).to(dtype), dynamic=True)
+    """Compiled, as in a compiled model."""
+    return torch.compile(lambda k, dtype, *parts: op.dequantize(op.Packed(*parts), k).to(dtype), dynamic=False)
 
 
 def _expanded(stored: Stored) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -38,10 +38,15 @@ def _matrices(m: int, k: int, dependent_launch: bool) -> list[Config]:
     tiles = [(64, 1, 4), (128, 1, 4), (128, 1, 8), (256, 1, 8), (32, 1, 2)]
     if m <= 16:
         tiles += [(16, 2, 2), (16, 4, 4), (32, 2, 4)]
+    steps = [(256, 3), (128, 3)]
+    if m > 32:
+        # A program reads as many bytes of x as of the weight: wide tiles share it, and fit with short steps.
+        tiles += [(256, 1, 16)]
+        steps += [(256, 2), (128, 2), (128, 4), (64, 3), (64, 4)]
     overlap = "late" if dependent_launch else "none"
     return [
-        Config(block_n, block_k, slices, split, warps, 3, overlap)
-        for block_k in (256, 128)
+        Config(block_n, block_k, slices, split, warps, stages, overlap)
+        for block_k, stages in steps
         for split in (1, 2, 4)
         for block_n, slices, warps in tiles
         if split == 1 or k >= 4 * split * block_k * slices
@@ -65,7 +70,7 @@ def neighbours(config: Config, m: int, n: int, k: int, device: torch.device) -> 
     found += [replace(config, split=split) for split in (config.split // 2, config.split * 2) if split]
     found += [replace(config, block_k=block_k) for block_k in (config.block_k // 2, config.block_k * 2) if 64 <= block_k <= 512]
     if config.slices == 1:
-        found += [replace(config, num_warps=warps) for warps in (config.num_warps // 2, config.num_warps * 2) if 1 < warps <= 8]
+        found += [replace(config, num_warps=warps) for warps in (config.num_warps // 2, config.num_warps * 2) if 1 < warps <= 16]
     return [*pairs, *found]
 
 
