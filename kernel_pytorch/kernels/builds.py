@@ -12,6 +12,8 @@ from typing import Any
 from kernel_pytorch.kernels import (
     decode_attention,
     decode_attention_jit,
+    expand,
+    expand_jit,
     row_quant,
     row_quant_jit,
     skinny_w4a16,
@@ -142,6 +144,18 @@ def portable_four_bits(on: GpuTarget, *, block_m: int = 16, dtype: str = "bf16")
     return _build(skinny_w4a16_jit.tile, constants, {"num_warps": 4, "num_stages": 1}, _FOUR_BITS, f"*{dtype}")
 
 
+def expanded_eight_bits(on: GpuTarget, *, format: str, dtype: str = "bf16") -> Build:
+    constants: dict[str, Constant] = {"FP8": format != "int8", "ASM": on.cuda, "ROWS": expand.BLOCK_ROWS, "WORDS": expand.BLOCK_WORDS}
+    types = {"w_ptr": "*i32", "scale_ptr": "*fp32"}
+    return _build(expand_jit.eight_bits, constants, {"num_warps": 4}, types, f"*{dtype}")
+
+
+def expanded_four_bits(on: GpuTarget, *, dtype: str = "bf16") -> Build:
+    constants: dict[str, Constant] = {"PAIRS": expand.BLOCK_PAIRS}
+    types = {name: kind for name, kind in _FOUR_BITS.items() if name != "bias_ptr"}
+    return _build(expand_jit.four_bits, constants, {"num_warps": 4}, types, f"*{dtype}")
+
+
 def summed_splits(on: GpuTarget, *, split: int = 4, dtype: str = "bf16") -> Build:
     constants: dict[str, Constant] = {"HAS_BIAS": True, "HAS_ROW_SCALE": True, "SPLIT": split, "BLOCK": 512, "PDL": on.gpu.dependent_launch}
     return _build(split_k_jit.sum_splits, constants, {}, {"out_ptr": f"*{dtype}"}, "*fp32")
@@ -173,6 +187,8 @@ class Kernel:
 KERNELS: dict[str, Kernel] = {
     "decode_attention.attend": Kernel(_attend),
     "decode_attention.combine": Kernel(combine),
+    "expand.eight_bits": Kernel(lambda on: expanded_eight_bits(on, format="float8_e4m3fn")),
+    "expand.four_bits": Kernel(expanded_four_bits),
     "row_quant.quantize": Kernel(lambda on: quantized_rows(on, row_quant_jit.quantize, format="int8")),
     "row_quant.rms_norm": Kernel(lambda on: quantized_rows(on, row_quant_jit.rms_norm, format="float8_e4m3fn")),
     "row_quant.swiglu": Kernel(lambda on: quantized_rows(on, row_quant_jit.swiglu, format="float8_e4m3fnuz", k=14336)),

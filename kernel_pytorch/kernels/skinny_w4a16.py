@@ -316,6 +316,19 @@ def _(x: torch.Tensor, words: torch.Tensor, scales: torch.Tensor, channel: torch
     return x.new_empty((*x.shape[:-1], channel.shape[0]))
 
 
+def check(packed: Packed, in_features: int, by: str, bias: torch.Tensor | None = None) -> None:
+    """Raises ValueError, in the name of `by`, when tensors are not what `pack` makes of a weight [N, in_features]."""
+    n = packed.channel.shape[0]
+    tiles, pairs = -(-n // TILE), -(-in_features // PAIR)
+    expected = (("words", torch.int32, (tiles, pairs * WORDS_A_PAIR)), ("scales", torch.int8, (tiles, pairs * SCALES_A_PAIR)))
+    for name, dtype, shape in (*expected, ("channel", torch.float32, (n,)), ("bias", torch.float32, (n,))):
+        values = bias if name == "bias" else getattr(packed, name)
+        if values is not None and (values.dtype != dtype or values.shape != shape or not values.is_contiguous()):
+            made = f", from skinny_w4a16.pack of a weight [{n}, {in_features}]" if name in ("words", "scales") else ""
+            shown = f"{values.dtype} {tuple(values.shape)}"
+            raise ValueError(f"{by}: {name} must be contiguous {dtype} {shape}{made}, got {shown}")
+
+
 def linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [..., K] bfloat16 or float16, packed from `pack`, bias float32 [N] -> [..., N] in x.dtype.
 
@@ -323,13 +336,5 @@ def linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = None) ->
     number of rows, made for 1 to 64. Raises ValueError when tensors do not fit."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"skinny_w4a16: x must be bfloat16 or float16, got {x.dtype}")
-    n = packed.channel.shape[0]
-    tiles, pairs = -(-n // TILE), -(-x.shape[-1] // PAIR)
-    expected = (("words", torch.int32, (tiles, pairs * WORDS_A_PAIR)), ("scales", torch.int8, (tiles, pairs * SCALES_A_PAIR)))
-    for name, dtype, shape in (*expected, ("channel", torch.float32, (n,)), ("bias", torch.float32, (n,))):
-        values = bias if name == "bias" else getattr(packed, name)
-        if values is not None and (values.dtype != dtype or values.shape != shape or not values.is_contiguous()):
-            made = f", from skinny_w4a16.pack of a weight [{n}, {x.shape[-1]}]" if name in ("words", "scales") else ""
-            shown = f"{values.dtype} {tuple(values.shape)}"
-            raise ValueError(f"skinny_w4a16: {name} must be contiguous {dtype} {shape}{made}, got {shown}")
+    check(packed, x.shape[-1], "skinny_w4a16", bias)
     return _linear(x, packed.words, packed.scales, packed.channel, bias)

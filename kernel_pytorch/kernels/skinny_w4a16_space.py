@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 
 import torch
 
+from kernel_pytorch.kernels import expand
 from kernel_pytorch.kernels import skinny_w4a16 as op
 from kernel_pytorch.kernels.skinny_w4a16 import Config
 from kernel_pytorch.kernels.tune import Space
@@ -82,15 +82,9 @@ def reference(x: torch.Tensor, stored: Stored) -> torch.Tensor:
     return op.reference(x, op.dequantize(op.Packed(*stored), x.shape[-1]))
 
 
-@functools.cache
-def _expansion() -> Callable[..., torch.Tensor]:
-    """Compiled, as in a compiled model."""
-    return torch.compile(lambda k, dtype, *parts: op.dequantize(op.Packed(*parts), k).to(dtype), dynamic=False)
-
-
 def _expanded(stored: Stored) -> Callable[[torch.Tensor], torch.Tensor]:
     """The weight expanded to x's dtype at each call, a library's product."""
-    return lambda x: torch.nn.functional.linear(x, _expansion()(x.shape[-1], x.dtype, *stored))
+    return lambda x: torch.nn.functional.linear(x, expand.four_bits(op.Packed(*stored), x.shape[-1], x.dtype))
 
 
 SPACE = Space(candidates, neighbours, variant, store, launch, reference, {"dequantize": _expanded})

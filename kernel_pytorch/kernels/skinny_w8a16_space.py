@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from kernel_pytorch.kernels import expand
 from kernel_pytorch.kernels import skinny_w8a16 as op
 from kernel_pytorch.kernels.skinny_w8a16 import Config
 from kernel_pytorch.kernels.tune import Space
@@ -99,17 +100,10 @@ def _reference(fmt: str, x: torch.Tensor, stored: Stored) -> torch.Tensor:
     return op.reference(x, op.unpack(packed, x.shape[-1], op.DTYPES[fmt]), scale)
 
 
-@functools.cache
-def _conversion() -> Callable[[torch.Tensor, torch.dtype], torch.Tensor]:
-    """Compiled, as in a compiled model: torch's own conversion of FP8 takes four times as long."""
-    return torch.compile(lambda weight, dtype: weight.to(dtype), dynamic=True)
-
-
 def _dequantized(fmt: str, stored: Stored) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The weight converted to x's dtype at each call, a library's product."""
+    """The weight expanded to x's dtype at each call, a library's product."""
     packed, scale = stored
-    weight = op.unpack(packed, packed.shape[1] * 4, op.DTYPES[fmt])
-    return lambda x: torch.nn.functional.linear(x, _conversion()(weight, x.dtype)[:, : x.shape[-1]]).mul_(scale)
+    return lambda x: torch.nn.functional.linear(x, expand.eight_bits(packed, scale, x.shape[-1], fmt, x.dtype))
 
 
 @functools.lru_cache(maxsize=1)

@@ -233,8 +233,7 @@ class Search:
             torch.manual_seed(0)
             first = self.space.store(torch.randn(n, k, device=self.device, dtype=torch.bfloat16) * 0.02)
             copies = max(3, -(-ROTATED_BYTES // sum(part.nbytes for part in first)))
-            # All are clones: the first may be views, for which compiled code is compiled again.
-            self._weights = (n, k), [tuple(part.clone() for part in first) for _ in range(copies)]
+            self._weights = (n, k), [first, *(tuple(part.clone() for part in first) for _ in range(copies - 1))]
         return self._weights[1]
 
     def calls(self, x: torch.Tensor, weights: Sequence[tuple[torch.Tensor, ...]], config: Any) -> list[Call]:
@@ -263,8 +262,6 @@ class Search:
         configs: by M; above the last M its configuration serves. Raises ValueError without one."""
         if not configs:
             raise ValueError("crossovers: no configuration given")
-        # torch runs code eagerly that it compiled for eight layers before.
-        torch._dynamo.reset()
         weights, found = self.weights(n, k), []
         for against, make in self.space.against.items():
             roads, most, rows = [make(stored) for stored in weights], 0, {}

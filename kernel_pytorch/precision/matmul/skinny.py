@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from kernel_pytorch.kernels import skinny_w8a16
+from kernel_pytorch.kernels import expand, skinny_w8a16
 from kernel_pytorch.precision.matmul.base import Matmul, Stored, as_bytes, quantize_input
 from kernel_pytorch.precision.matmul.int8 import int8_product
 from kernel_pytorch.precision.matmul.scaled_mm import scaled_product
@@ -64,14 +64,9 @@ class SkinnyWeightOnly(Skinny):
         return skinny_w8a16.linear(rows, layer.weight, layer.weight_scale, layer.bias, format=layer.format)
 
     def _many(self, layer: QuantizedLinear, rows: torch.Tensor) -> torch.Tensor:
-        weight = layer.weight.view(skinny_w8a16.DTYPES[layer.format])
-        columns = skinny_w8a16.permute_columns(rows)
-        if rows.dtype == torch.float16:
-            # float16 ends at 65504: a product with codes up to 448 passes it before the scale brings it back.
-            scaled = (weight.float() * layer.weight_scale[:, None]).to(rows.dtype)
-            return F.linear(columns, scaled, None if layer.bias is None else layer.bias.to(rows.dtype))
-        y = F.linear(columns, weight.to(rows.dtype)) * layer.weight_scale.to(rows.dtype)
-        return y if layer.bias is None else y + layer.bias.to(rows.dtype)
+        # With the scale in it: in float16 a product with codes up to 448 would pass 65504 before a scale brings it back.
+        weight = expand.eight_bits(layer.weight, layer.weight_scale, layer.in_features, layer.format, rows.dtype)
+        return F.linear(rows, weight, None if layer.bias is None else layer.bias.to(rows.dtype))
 
 
 class SkinnyQuantized(Skinny):

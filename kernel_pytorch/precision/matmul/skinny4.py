@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from kernel_pytorch.kernels import skinny_w4a16
+from kernel_pytorch.kernels import expand, skinny_w4a16
 from kernel_pytorch.precision.matmul.base import Matmul, Stored
 from kernel_pytorch.schema import ActivationConfig, ActivationMode, WeightConfig
 
@@ -47,7 +47,7 @@ class Skinny4(Matmul):
         if x.dtype in (torch.bfloat16, torch.float16) and rows.shape[0] <= layer.max_skinny_rows:
             y = skinny_w4a16.linear(rows, _packed(layer), layer.bias)
         else:
-            weight = skinny_w4a16.dequantize(_packed(layer), layer.in_features).to(x.dtype)
+            weight = expand.four_bits(_packed(layer), layer.in_features, x.dtype)
             y = F.linear(rows, weight, None if layer.bias is None else layer.bias.to(x.dtype))
         return y.reshape(*x.shape[:-1], layer.out_features)
 

@@ -160,33 +160,6 @@ def test_code_is_shared_between_shapes_that_no_tile_cuts():
     assert spaces.variant(config, 5, 4096, 4096) != spaces.variant(config, 9, 4096, 4096)
 
 
-def test_the_road_that_expands_4_bit_weights_is_compiled_once_a_layer(monkeypatch):
-    """For any number of layers, before it is captured: torch runs code eagerly that it compiled eight times, which would look slow."""
-    timed: list[int] = []
-
-    def interleaved_us(arms, rounds):
-        before = counters["stats"]["unique_graphs"]
-        arms["other"][0]()
-        compiled = counters["stats"]["unique_graphs"]
-        for call in arms["other"]:
-            call()
-        assert counters["stats"]["unique_graphs"] == compiled
-        timed.append(compiled - before)
-        return {"ours": [1.0], "other": [2.0]}
-
-    monkeypatch.setattr(tune, "interleaved_us", interleaved_us)
-    monkeypatch.setattr(tune, "ROTATED_BYTES", 100)
-    counters = torch._dynamo.utils.counters
-    counters.clear()
-    layers = [(16 * (i + 1), 256) for i in range(10)]
-    searched = tune.Search("skinny_w4a16", [], 1.0, None, print, spaces4.SPACE, CPU)
-    for n, k in layers:
-        searched.crossovers(n, k, {64: None})
-    rows = len(tune.CROSSOVER_ROWS)
-    assert timed == [1, *[0] * (rows - 1)] * len(layers)
-    assert not counters["graph_break"], counters["graph_break"]
-
-
 def test_both_roads_of_4_bit_weights_compute_the_product():
     x, stored = torch.randn(5, 256), spaces4.store(torch.randn(48, 256))
     exact = spaces4.SPACE.reference(x.double(), stored)
