@@ -207,8 +207,8 @@ def tuned(gpu: str) -> dict[tuple[int, int, int], Config]:
 
 
 def crossover(n: int, k: int, on: torch.device) -> int:
-    """The most rows at which this kernel was measured no slower than expanding the weight on that GPU; 64 where nobody measured."""
-    return tables.crossover(KERNEL, n, k, device(on.index).name, "dequantize")
+    """The most rows at which this kernel was measured no slower than expanding the weight on that GPU; 128 where nobody measured."""
+    return tables.crossover(KERNEL, n, k, device(on.index).name, "expand")
 
 
 def groups(m: int) -> int:

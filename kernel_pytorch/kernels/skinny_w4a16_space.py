@@ -87,4 +87,4 @@ def _expanded(stored: Stored) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: torch.nn.functional.linear(x, expand.four_bits(op.Packed(*stored), x.shape[-1], x.dtype))
 
 
-SPACE = Space(candidates, neighbours, variant, store, launch, reference, {"dequantize": _expanded})
+SPACE = Space(candidates, neighbours, variant, store, launch, reference, {"expand": _expanded})

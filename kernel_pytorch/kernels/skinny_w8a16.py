@@ -100,8 +100,8 @@ def tuned(gpu: str) -> dict[tuple[int, int, int], Config]:
 def crossover(n: int, k: int, on: torch.device, against: str) -> int:
     """The most rows at which this kernel was measured no slower than another road of the same layer on that GPU, 0 if never.
 
-    against: "dequantize", weights converted to 16 bits and a library's product; "scaled_mm", an FP8 product. 64 where nobody measured:
-    more rows read the weight again."""
+    against: "expand", weights written in 16 bits and a library's product; "scaled_mm", an FP8 product. Where nobody measured, 128 and 64:
+    each 64 rows read the weight again."""
     return tables.crossover("skinny_w8a16", n, k, device(on.index).name, against)
 
 

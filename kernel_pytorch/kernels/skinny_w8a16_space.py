@@ -100,7 +100,7 @@ def _reference(fmt: str, x: torch.Tensor, stored: Stored) -> torch.Tensor:
     return op.reference(x, op.unpack(packed, x.shape[-1], op.DTYPES[fmt]), scale)
 
 
-def _dequantized(fmt: str, stored: Stored) -> Callable[[torch.Tensor], torch.Tensor]:
+def _expanded(fmt: str, stored: Stored) -> Callable[[torch.Tensor], torch.Tensor]:
     """The weight expanded to x's dtype at each call, a library's product."""
     packed, scale = stored
     return lambda x: torch.nn.functional.linear(x, expand.eight_bits(packed, scale, x.shape[-1], fmt, x.dtype))
@@ -126,7 +126,7 @@ def _scaled_mm(stored: Stored) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _space(fmt: str, dtype: torch.dtype = torch.bfloat16) -> Space:
-    against = {"dequantize": functools.partial(_dequantized, fmt)} | ({} if fmt == "int8" else {"scaled_mm": _scaled_mm})
+    against = {"expand": functools.partial(_expanded, fmt)} | ({} if fmt == "int8" else {"scaled_mm": _scaled_mm})
     store, launch, reference = (functools.partial(_store, fmt), functools.partial(_launch, fmt), functools.partial(_reference, fmt))
     return Space(candidates, neighbours, variant, store, launch, reference, against, dtype)
 

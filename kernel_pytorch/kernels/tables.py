@@ -10,8 +10,10 @@ from typing import Any
 
 from kernel_pytorch.kernels.native import cache_folder
 
-# Rows up to which a kernel for few rows is used where nobody measured the crossover.
-UNKNOWN_CROSSOVER = 64
+# Rows up to which a kernel for few rows is used where nobody measured the crossover: one pass over the weight, and two against a road
+# that writes the weight in 16 bits and reads it again, four bytes a value beside the one or half that it reads. By the kernels' own
+# times at 128 rows (H100, H200) such a road, at the rate of memory, would be slower on three of four Llama-3-8B layers.
+UNKNOWN_CROSSOVER, UNKNOWN_AGAINST_EXPAND = 64, 128
 # One chip with different memory: what was measured on one serves the other until that one is measured.
 SAME_CHIP = (frozenset({"NVIDIA H100 80GB HBM3", "NVIDIA H200"}),)
 # What names a row of each list.
@@ -66,6 +68,9 @@ def load(kernel: str, gpu: str) -> dict[str, dict[tuple[Any, ...], dict[str, Any
 
 
 def crossover(kernel: str, n: int, k: int, gpu: str, against: str) -> int:
-    """The most rows at which the kernel was measured no slower than the road named `against`, 0 if never; 64 where nobody measured."""
+    """The most rows at which the kernel was measured no slower than the road named `against`, 0 if never; where nobody measured, 64, and
+    128 against "expand"."""
     row = load(kernel, gpu)["crossover"].get((n, k, against))
-    return UNKNOWN_CROSSOVER if row is None else row["m"]
+    if row is None:
+        return UNKNOWN_AGAINST_EXPAND if against == "expand" else UNKNOWN_CROSSOVER
+    return row["m"]

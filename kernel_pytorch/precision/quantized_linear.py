@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -115,6 +115,16 @@ class QuantizedLinear(nn.Module):
         module.register_buffer("input_scale", scale)
         module.register_buffer("input_zero_point", zero_point)
         return module
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLinear:
+        """Moves buffers and casts none: `model.half()` is about what is computed, and what is stored has the format's own types."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            old = before[name]
+            if buffer is not None and old is not None and buffer.dtype != old.dtype:
+                self._buffers[name] = old.to(buffer.device)
+        return self
 
     @property
     def has_row_scales(self) -> bool:

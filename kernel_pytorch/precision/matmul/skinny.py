@@ -9,14 +9,13 @@ import torch
 from torch.nn import functional as F
 
 from kernel_pytorch.kernels import expand, skinny_w8a16
+from kernel_pytorch.kernels.expand import HALF
 from kernel_pytorch.precision.matmul.base import Matmul, Stored, as_bytes, quantize_input
 from kernel_pytorch.precision.matmul.int8 import int8_product
 from kernel_pytorch.precision.matmul.scaled_mm import scaled_product
 
 if TYPE_CHECKING:
     from kernel_pytorch.precision.quantized_linear import QuantizedLinear
-
-HALF = (torch.bfloat16, torch.float16)
 
 
 class Skinny(Matmul):
@@ -58,15 +57,19 @@ class Skinny(Matmul):
 
 
 class SkinnyWeightOnly(Skinny):
-    name, against = "skinny_w8a16+dequantize", "dequantize"
+    name, against = "skinny_w8a16+expand", "expand"
 
     def _few(self, layer: QuantizedLinear, rows: torch.Tensor) -> torch.Tensor:
         return skinny_w8a16.linear(rows, layer.weight, layer.weight_scale, layer.bias, format=layer.format)
 
     def _many(self, layer: QuantizedLinear, rows: torch.Tensor) -> torch.Tensor:
-        # With the scale in it: in float16 a product with codes up to 448 would pass 65504 before a scale brings it back.
-        weight = expand.eight_bits(layer.weight, layer.weight_scale, layer.in_features, layer.format, rows.dtype)
-        return F.linear(rows, weight, None if layer.bias is None else layer.bias.to(rows.dtype))
+        bias = None if layer.bias is None else layer.bias.to(rows.dtype)
+        if rows.dtype in HALF:
+            # With the scale in it: in float16 a product with codes up to 448 would pass 65504 before a scale brings it back.
+            return F.linear(rows, expand.eight_bits(layer.weight, layer.weight_scale, layer.in_features, layer.format, rows.dtype), bias)
+        weight = layer.weight.view(skinny_w8a16.DTYPES[layer.format]).to(rows.dtype)
+        y = F.linear(skinny_w8a16.permute_columns(rows), weight) * layer.weight_scale.to(rows.dtype)
+        return y if bias is None else y + bias
 
 
 class SkinnyQuantized(Skinny):

@@ -25,7 +25,7 @@ def fits(weight: WeightConfig, activation: ActivationConfig, stored: Stored) -> 
 class Skinny4(Matmul):
     """The layer's weight holds the kernel's words, weight_scale its scale bytes, weight_channel what sums are multiplied by."""
 
-    name = "skinny_w4a16+dequantize"
+    name = "skinny_w4a16+expand"
 
     def pack(self, layer: QuantizedLinear, stored: Stored, bias: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
         layer.max_skinny_rows = skinny_w4a16.crossover(layer.out_features, layer.in_features, stored["weight"].device)

@@ -69,7 +69,7 @@ def test_the_users_rows_win_and_the_others_stay(cache):
 
 def test_write_keeps_rows_of_other_layers_and_replaces_its_own(tmp_path):
     path = tmp_path / "deep" / "t.json"
-    crossover = {"n": 8, "k": 8, "against": "dequantize", "m": 96}
+    crossover = {"n": 8, "k": 8, "against": "expand", "m": 96}
     tables.write(path, {"date": "a", "configs": [row(8, 8, 1), row(8, 8, 2)], "crossover": [crossover]})
     tables.write(path, {"date": "b", "configs": [row(8, 8, 2, split=4)], "crossover": []})
     assert tables.read(path) == {"date": "b", "configs": [row(8, 8, 1), row(8, 8, 2, split=4)], "crossover": [crossover]}
@@ -96,12 +96,13 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
 
 
 def test_crossover_is_the_tables_row_for_that_road(cache):
-    rows = [{"n": 96, "k": 64, "against": "scaled_mm", "m": 32}, {"n": 96, "k": 64, "against": "dequantize", "m": 0}]
+    rows = [{"n": 96, "k": 64, "against": "scaled_mm", "m": 32}, {"n": 96, "k": 64, "against": "expand", "m": 0}]
     tables.write(tables.user_file("skinny_w8a16", "cpu"), {"configs": [], "crossover": rows})
     cpu = torch.device("cpu")
     assert op.crossover(96, 64, cpu, "scaled_mm") == 32
-    assert op.crossover(96, 64, cpu, "dequantize") == 0
+    assert op.crossover(96, 64, cpu, "expand") == 0
     assert op.crossover(96, 64, cpu, "int8_mm") == 64
+    assert op.crossover(64, 96, cpu, "expand") == 128
     assert op.crossover(64, 96, cpu, "scaled_mm") == 64
 
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from kernel_pytorch.errors import CompilationError
+from kernel_pytorch.kernels import skinny_w4a16, tune
 from kernel_pytorch.kernels import skinny_w4a16_space as spaces4
 from kernel_pytorch.kernels import skinny_w8a16 as op
 from kernel_pytorch.kernels import skinny_w8a16_space as spaces
-from kernel_pytorch.kernels import tune
+from kernel_pytorch.precision.storage import STORAGES
 
 CPU = torch.device("cpu")
 H200 = op.Device("NVIDIA H200", 132, 232448, True, True)
@@ -160,10 +161,11 @@ def test_code_is_shared_between_shapes_that_no_tile_cuts():
     assert spaces.variant(config, 5, 4096, 4096) != spaces.variant(config, 9, 4096, 4096)
 
 
-def test_both_roads_of_4_bit_weights_compute_the_product():
+def test_the_other_road_of_4_bit_weights_computes_the_product():
     x, stored = torch.randn(5, 256), spaces4.store(torch.randn(48, 256))
-    exact = spaces4.SPACE.reference(x.double(), stored)
-    assert tune.relative_error(spaces4.SPACE.against["dequantize"](stored)(x), exact) < 1e-5
+    codes, scale, global_scale = skinny_w4a16.unpack(skinny_w4a16.Packed(*stored), "nvfp4", 256)
+    exact = x.double() @ STORAGES["nvfp4"].dequantize({"weight": codes, "weight_scale": scale, "weight_global_scale": global_scale}, 256).double().t()
+    assert tune.relative_error(spaces4.SPACE.against["expand"](stored)(x), exact) < 1e-5
 
 
 @pytest.mark.parametrize(("space", "most"), [(spaces.SPACE, 0.03), (spaces.INT8, 0.01)])
@@ -172,5 +174,5 @@ def test_stored_weights_and_both_roads_compute_the_product(space, most):
     weight, x = torch.randn(48, 256), torch.randn(32, 256)
     stored = space.store(weight)
     exact = x.double() @ weight.double().t()
-    for y in (space.reference(x, stored), *(make(stored)(x) for name, make in space.against.items() if name == "dequantize")):
+    for y in (space.reference(x, stored), *(make(stored)(x) for name, make in space.against.items() if name == "expand")):
         assert 0.001 < tune.relative_error(y, exact) < most

@@ -90,16 +90,16 @@ def test_kernels_are_named() -> None:
     schemes = {name: scheme for name, scheme in SCHEMES.items() if "static" not in name}
     names = {name: QuantizedLinear.from_linear(linear, *scheme).kernel for name, scheme in schemes.items()}
     assert names == {
-        "int8_weight_only": "skinny_w8a16+dequantize",
-        "fp8_weight_only": "skinny_w8a16+dequantize",
+        "int8_weight_only": "skinny_w8a16+expand",
+        "fp8_weight_only": "skinny_w8a16+expand",
         "int8_dynamic": "skinny_w8a16+int8_mm",
         "int8_symmetric": "skinny_w8a16+int8_mm",
         "fp8_dynamic": "skinny_w8a16+scaled_mm",
         "fp8_dynamic_fast": "skinny_w8a16+scaled_mm",
         "fp8_tensor": "skinny_w8a16+scaled_mm",
         "e5m2_weight_only": "dequantize",
-        "nvfp4": "skinny_w4a16+dequantize",
-        "mxfp4": "skinny_w4a16+dequantize",
+        "nvfp4": "skinny_w4a16+expand",
+        "mxfp4": "skinny_w4a16+expand",
         "int4": "dequantize",
         "mxfp6": "dequantize",
         "mxfp8": "dequantize",
