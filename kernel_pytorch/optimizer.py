@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from kernel_pytorch.errors import NoEffectError, UnsupportedOperationError
 
@@ -184,10 +185,12 @@ class Optimizer(ABC):
 
 @dataclass(frozen=True)
 class Selection:
-    """Modules that patterns selected, by name, and the eligible ones that they left out."""
+    """Modules that patterns selected, by name, and the eligible ones that they left out. unmatched: `exclude` patterns that none of the
+    eligible ones has: options exclude names that many models lack, so these are told and no mistake."""
 
     matched: dict[str, nn.Module]
     skipped: list[Skipped]
+    unmatched: list[str] = field(default_factory=list)
 
 
 def select_modules(
@@ -240,7 +243,8 @@ def select_modules(
             skipped.append(Skipped(name, f"excluded by pattern {hit!r}{along}"))
         else:
             matched[name] = module
-    return Selection(matched, skipped)
+    unmatched = [pattern for pattern in exclude if not any(matches(module, pattern) for module in candidates.values())]
+    return Selection(matched, skipped, unmatched)
 
 
 def replace_module(model: nn.Module, name: str, replacement: nn.Module) -> None:
@@ -253,11 +257,19 @@ def replace_module(model: nn.Module, name: str, replacement: nn.Module) -> None:
                 setattr(parent, child_name, replacement)
 
 
+def _plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that a tensor subclass is made of (another library's packed weight), which has no memory of its own; else itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _plain_parts(getattr(tensor, name))]
+
+
 def tensor_bytes(module: nn.Module, device_type: str | None = None) -> int:
     """Bytes of all distinct parameters and buffers of `module`; tied tensors count once.
 
     device_type: count only what is there (`cuda`), and with it what modules hold in their attribute `held_tensors` beside both."""
-    tensors = [*module.parameters(), *module.buffers()]
+    tensors = [part for tensor in (*module.parameters(), *module.buffers()) for part in _plain_parts(tensor)]
     if device_type is not None:
         tensors += [tensor for part in module.modules() for tensor in getattr(part, "held_tensors", ())]
         tensors = [tensor for tensor in tensors if tensor.device.type == device_type]

@@ -81,6 +81,7 @@ def optimize(
     foreign = [word for word in overrides if word.lstrip("+~").split("=")[0].split(".")[0] in ("model", "data")]
     if foreign:
         raise ConfigError([f"overrides: found {word!r}; the model and its inputs are the caller's own here" for word in foreign])
+    _require_calls(args, kwargs, held_out, calibration)
     # torch.compile(model) wraps what can be optimized.
     model = getattr(model, "_orig_mod", model)
     composed = compose([f"+recipe={name}", *overrides, *([] if measure else ["measure=off"])])
@@ -104,6 +105,23 @@ def optimize(
     enter_contexts(Built(optimized, [backend.inference]))
     call: Call = held_out[0] if held_out else (args, dict(kwargs or {}))
     return Optimized(optimized, report, restore.Source(composed.config, composed.choices, composed.ignored, call, trained, original))
+
+
+def _require_calls(args: Any, kwargs: Any, held_out: Any, calibration: Any) -> None:
+    """Raises ConfigError for what is no call: a tensor is a sequence too, of its rows."""
+
+    def is_call(args: Any, kwargs: Any) -> bool:
+        return isinstance(args, (tuple, list)) and isinstance(kwargs, Mapping)
+
+    if not is_call(args, kwargs or {}):
+        raise ConfigError(
+            f"args: found a {type(args).__name__}, kwargs a {type(kwargs).__name__}; allowed: a tuple and a dict, as in args=(x,)"
+        )
+    for key, calls in (("held_out", held_out), ("calibration", calibration)):
+        for number, call in enumerate(calls):
+            if not (isinstance(call, (tuple, list)) and len(call) == 2 and is_call(*call)):
+                shown = f"({', '.join(type(part).__name__ for part in call)})" if isinstance(call, (tuple, list)) else type(call).__name__
+                raise ConfigError(f"{key}[{number}]: found {shown}; allowed: (args, kwargs) of one call, as in ((x,), {{}})")
 
 
 def load(folder: str | Path, model: nn.Module, *, overrides: Sequence[str] = ()) -> Optimized:

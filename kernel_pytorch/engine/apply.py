@@ -171,7 +171,8 @@ def _receive(built: Built, applied: Applied, row: StepResult | None, context: Co
         row.reason = "; ".join(filter(None, [row.reason, applied.not_applicable]))
     elif not changed:
         row.status = "not_applicable"
-        why = ", ".join(sorted({skipped.reason for skipped in applied.skipped})[:3]) or "no module that it could change"
+        alone = "" if any(applied.model.children()) else ": it has no modules inside, and the model itself is not replaced"
+        why = ", ".join(sorted({skipped.reason for skipped in applied.skipped})[:3]) or f"no module that it could change{alone}"
         row.reason = "; ".join(filter(None, [row.reason, f"changed nothing: {why}"]))
     elif row.support == "emulated":
         row.status = "emulated"

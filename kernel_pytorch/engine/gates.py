@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from kernel_pytorch.errors import VerificationError
-from kernel_pytorch.optimizer import Applied, Optimizer, Workload
+from kernel_pytorch.optimizer import Applied, Change, Optimizer, Workload, replace_module
 from kernel_pytorch.report.result import Report
 from kernel_pytorch.schema import PrecisionConfig, QualityFloor, VerifyConfig
 from kernel_pytorch.verify.model import (
@@ -26,7 +26,7 @@ from kernel_pytorch.verify.model import (
     rounding_noise,
 )
 from kernel_pytorch.verify.module import ModuleCheck, ModuleValidator, first_tensor
-from kernel_pytorch.verify.rows import agreement
+from kernel_pytorch.verify.rows import agreement, relative_l2
 
 Inference = Callable[[], AbstractContextManager[Any]]
 
@@ -70,7 +70,18 @@ class Gates:
         if not self.verify.enabled:
             return None
         with self._inference(), self._same_random_numbers():
-            return collect_rows(model, self.workload, self.verify.num_rows)
+            rows = collect_rows(model, self.workload, self.verify.num_rows)
+        if not rows.numel():
+            raise VerificationError(f"the workload's outputs have no values to compare: {len(rows)} rows; give it inputs that have some")
+        return rows
+
+    def baseline_rows(self, model: nn.Module) -> torch.Tensor | None:
+        """Those of the untouched model, which must be numbers: infinities, as masks have them, are."""
+        rows = self.rows(model)
+        if rows is not None and bool(rows.isnan().any()):
+            count = int(rows.isnan().any(dim=1).sum())
+            raise VerificationError(f"the baseline's own outputs are NaN in {count} of {len(rows)} rows: nothing shows what is right there")
+        return rows
 
     @contextmanager
     def _same_random_numbers(self) -> Iterator[None]:
@@ -104,8 +115,34 @@ class Gates:
                     f"the workload calls none of the {len(found)} modules that {type(optimizer).__name__} changed ({names}):"
                     " nothing shows that they are right"
                 )
+            self._require_unread(model, applied.changes, found)
 
         return check
+
+    def _require_unread(self, model: nn.Module, changes: Sequence[Change], found: Sequence[ModuleCheck]) -> None:
+        """Modules that are not called must not matter: a model that reads a weight of theirs would compute with codes."""
+        silent = {item.name for item in found if not item.reached}
+        if not silent:
+            return
+        uncalled = [change for change in changes if change.name in silent]
+        replaced, again = self.rows(model), self.rows(model)
+        for change in uncalled:
+            replace_module(model, change.name, change.original)
+        try:
+            original = self.rows(model)
+        finally:
+            for change in uncalled:
+                replace_module(model, change.name, change.replacement)
+        assert replaced is not None
+        assert again is not None
+        assert original is not None
+        # Where two runs of one model differ, by no more than those do.
+        if not relative_l2(replaced, original) <= 4 * relative_l2(again, replaced):
+            names = ", ".join(sorted(silent)[:3])
+            raise VerificationError(
+                f"{names}: the model does not call it and computes something else without its weight: a weight is read that is stored as"
+                f" codes now; leave the module out with precision.exclude"
+            )
 
     def judge_modules(self) -> None:
         """The implementation gate over modules; names the first one, in the order of the steps, that fails."""
@@ -152,7 +189,9 @@ class Gates:
             return None
         stepped = self.rows(stepped_model)
         assert stepped is not None
-        computed_in = getattr(torch, self.precision.dtype) if self.precision.dtype else dtype
+        types = [dtype, *([getattr(torch, self.precision.dtype)] if self.precision.dtype else [])]
+        # Outputs are rounded to the model's own type, whatever it is computed in.
+        computed_in = min(types, key=lambda each: rounding_floor(each).sqnr_db)
         end_to_end_db = self._noise_db(stepped_model, stepped, computed_in) if wraps else rounding_floor(computed_in).sqnr_db
         scheme = self.precision.quality if quantized or self._unchecked else QualityFloor()
         wanted = floors(scheme, self.verify, dtype)

@@ -86,7 +86,7 @@ class Run:
         gates = Gates(config.verify, config.precision, workload, report, seed=config.seed, inference=self.job.backend.inference)
         with self.stage("baseline"):
             eager = first_call(baseline, workload, self.job.backend)
-            expected = gates.rows(baseline)
+            expected = gates.baseline_rows(baseline)
         halves = _Halves(self, steps, plan, context, rows, built, gates, baseline, expected, model if inplace else None)
         apply_all(built, steps, context, report.hooks, replace=halves.replace, wrap=halves.wrap)
         evidence, first = halves.evidence, halves.first

@@ -21,7 +21,8 @@ from kernel_pytorch.precision.calibration import observe_ranges
 from kernel_pytorch.precision.portable import from_portable, to_portable
 from kernel_pytorch.precision.quantized_linear import InputRange, QuantizedLinear
 from kernel_pytorch.precision.reference import FakeQuantLinear
-from kernel_pytorch.precision.support import linear_support
+from kernel_pytorch.precision.storage import LARGEST
+from kernel_pytorch.precision.support import linear_support, unread_settings
 from kernel_pytorch.schema import KEEP, ActivationConfig, ActivationMode, AllocationConfig, WeightConfig
 
 
@@ -64,7 +65,10 @@ class QuantizeLinears(Optimizer):
         if self.weight.format is None:
             return Support(Level.unsupported, "precision.weight.format is null: nothing says what weights are stored in")
         wanted = [self.weight.format, *(text.rpartition("=")[2] for text in self.weight.assign), *self.allocation.formats]
-        return linear_support([name for name in dict.fromkeys(wanted) if name != KEEP], self.activation, self.dtype, backend)
+        formats = [name for name in dict.fromkeys(wanted) if name != KEEP]
+        answer = linear_support(formats, self.activation, self.dtype, backend)
+        unread = unread_settings(formats, self.weight, self.activation, self.allocation, self.num_calibration_calls)
+        return Support(answer.level, "; ".join(filter(None, [answer.reason, *unread])))
 
     def apply(self, model: nn.Module, context: Context) -> Applied:
         if context.restored is not None:
@@ -109,6 +113,8 @@ class QuantizeLinears(Optimizer):
             changes.append(Change(name, linear, replacement.to(linear.weight.device), replacement.kernel))
         for change in changes:
             replace_module(model, change.name, change.replacement)
+        if selection.unmatched:
+            details["exclude_matched_nothing"] = selection.unmatched
         return Applied(model, changes, skipped, details={**details, **self._details(changes, context)})
 
     def portable(self, model: nn.Module) -> dict[str, Portable]:
@@ -151,6 +157,10 @@ class QuantizeLinears(Optimizer):
             return f"{type(linear).__name__} is a subclass of nn.Linear: what it adds would be lost"
         if linear._forward_hooks or linear._forward_pre_hooks:
             return "it has forward hooks, which may read its weight"
+        if "forward" in vars(linear):
+            return "its forward was replaced on the object: what that adds would be lost"
+        if type(linear._parameters.get("weight")) is not nn.Parameter:
+            return f"its weight is a {type(linear.weight).__name__} and no plain parameter"
         owners = [owner for owner in shared[id(linear.weight)] if owner != f"{name}.weight"]
         if owners:
             return f"its weight is shared with {owners[0]}"
@@ -164,8 +174,9 @@ class QuantizeLinears(Optimizer):
             return f"{narrow} features are fewer than min_features={self.min_features}"
         if self.weight.format == "int8" and self.activation.mode is not ActivationMode.none and linear.in_features > int8_linear.MAX_K:
             return f"{linear.in_features} inputs overflow the int32 sums of an int8 matmul"
-        if not torch.isfinite(linear.weight).all():
-            return "its weight has non-finite values"
+        # NaN fails this comparison too.
+        if not (linear.weight.abs() <= LARGEST).all():
+            return "its weight has non-finite values or magnitudes above 2**126: no scale can store them"
         return None
 
     def reference(self, original: nn.Module) -> nn.Module:
@@ -184,21 +195,26 @@ class QuantizeLinears(Optimizer):
 def assigned_formats(model: nn.Module, linears: Mapping[str, nn.Module], weight: WeightConfig) -> dict[str, str]:
     """Format by layer: the first pattern of `weight.assign` that matches it, else `weight.format`.
 
-    A layer answers to its name and to the names that were merged into it. Raises NoEffectError for a pattern that decides
+    A layer answers to its names and to those that were merged into it. Raises NoEffectError for a pattern that decides
     for no layer, and ConfigError where patterns want different formats for layers that were merged into one."""
     rules = [(pattern, name) for pattern, _, name in (text.rpartition("=") for text in weight.assign)]
     used: set[str] = set()
     found: dict[str, str] = {}
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
     for layer, module in linears.items():
         wanted: dict[str, str] = {}
-        for own in [layer, *getattr(module, "original_names", ())]:
+        for own in [*names.get(id(module), [layer]), *getattr(module, "original_names", ())]:
             rule = next((rule for rule in rules if fnmatchcase(own, rule[0])), None)
             if rule is not None:
                 used.add(rule[0])
                 wanted[own] = rule[1]
         if len(set(wanted.values())) > 1:
             shown = ", ".join(f"{own}={name}" for own, name in wanted.items())
-            raise ConfigError(f"precision.weight.assign: {shown}, which were merged into {layer}; give them one format, or use fusion=none")
+            merged = f"were merged into {layer}; give them one format, or use fusion=none"
+            why = merged if hasattr(module, "original_names") else f"are names of one layer, {layer}; give them one format"
+            raise ConfigError(f"precision.weight.assign: {shown}, which {why}")
         found[layer] = next(iter(wanted.values()), str(weight.format))
     dead = [pattern for pattern, _ in rules if pattern not in used]
     if dead:

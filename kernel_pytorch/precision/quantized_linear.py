@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -126,6 +127,21 @@ class QuantizedLinear(nn.Module):
                 self._buffers[name] = old.to(buffer.device)
         return self
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Codes are no numbers: a state of other types or shapes, such as the original's, is an error, and nothing is copied."""
+        error_msgs: list[str] = rest[-1]
+        stored = {name: buffer for name, buffer in self._buffers.items() if buffer is not None and name != "bias"}
+        wrong = []
+        for name, buffer in stored.items():
+            given = state_dict.get(f"{prefix}{name}")
+            if isinstance(given, torch.Tensor) and (given.dtype, given.shape) != (buffer.dtype, buffer.shape):
+                found, kept = (f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (given, buffer))
+                wrong.append(f"{prefix}{name}: found {found}, allowed {kept} of {self.format}: load what a model quantized alike saved")
+        if wrong:
+            error_msgs.extend(wrong)
+        else:
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+
     @property
     def has_row_scales(self) -> bool:
         """One code is one byte, and one scale a row is all there is to it."""
@@ -140,7 +156,10 @@ class QuantizedLinear(nn.Module):
         return STORAGES[self.format].dequantize(self.stored(), self.in_features)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        # Named as in nn.Linear, for callers that name it.
+        # Named as in nn.Linear, for callers that name it. Kernels look at their own padded width and convert whatever they are given.
+        if input.shape[-1] != self.in_features or not input.is_floating_point():
+            shown = f"{input.dtype} [..., {input.shape[-1]}]"
+            raise ValueError(f"QuantizedLinear: the input must be floating, [..., {self.in_features}]; found {shown}")
         y = self.matmul.run(self, input if self.dtype is None else input.to(self.dtype))
         return y if y.dtype == input.dtype else y.to(input.dtype)
 

@@ -24,7 +24,7 @@ def fake_quantize_activation(x: torch.Tensor, config: ActivationConfig, calibrat
         return x
     if config.format == "nvfp4":
         plain = WeightConfig(format="nvfp4", scale_search=ScaleSearch.plain)
-        return fake_quantize_weight(x.float().flatten(0, -2), plain).view(x.shape).to(x.dtype)
+        return fake_quantize_weight(x.float().reshape(-1, x.shape[-1]), plain).view(x.shape).to(x.dtype)
     if config.mode is ActivationMode.static:
         assert calibrated is not None, "static activations need a calibrated range"
         low, high = (torch.tensor(bound, device=x.device) for bound in calibrated)

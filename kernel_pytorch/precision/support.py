@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 
 from kernel_pytorch.backends.base import Backend, Facts
 from kernel_pytorch.backends.capabilities import FAST_ACCUMULATION, adds_fast, cpu_has, has, matmul_formats, matmul_needs
 from kernel_pytorch.optimizer import Level, Support
-from kernel_pytorch.schema import ActivationConfig, ActivationGranularity, ActivationMode
+from kernel_pytorch.schema import ActivationConfig, ActivationGranularity, ActivationMode, AllocationConfig, PrecisionConfig, WeightConfig
 
 # Weight formats whose bytes our Triton kernels unpack for few rows; torch expands the others in every call.
 UNPACKED = ("int8", "float8_e4m3fn", "nvfp4", "mxfp4")
@@ -81,6 +82,28 @@ def _multiplied(format: str, facts: Facts) -> Support:
     if not where:
         return Support(Level.emulated, f"torch multiplies no two {format} matrices on any GPU: plain-torch reference")
     return Support(Level.emulated, f"{format} matmul needs {where}, this is {_shown(facts)}; {_instead(format, known)}")
+
+
+def unread_settings(
+    formats: Sequence[str], weight: WeightConfig, activation: ActivationConfig, allocation: AllocationConfig, num_calibration_calls: int
+) -> list[str]:
+    """Settings that are not as they are by default and that nothing in such a scheme reads, each with why. formats: that weights may
+    be stored in."""
+    found: list[tuple[str, str]] = []
+    if "int4" not in formats and weight.group_size != WeightConfig().group_size:
+        found.append(("weight.group_size", "no weight is stored in int4"))
+    if "nvfp4" not in formats and weight.scale_search is not WeightConfig().scale_search:
+        found.append(("weight.scale_search", "no weight is stored in nvfp4"))
+    if activation.mode is not ActivationMode.static and num_calibration_calls != PrecisionConfig().num_calibration_calls:
+        found.append(("num_calibration_calls", "activations are not static"))
+    if activation.mode is ActivationMode.none:
+        plain = ActivationConfig()
+        names = [name for name in ("granularity", "symmetric") if getattr(activation, name) != getattr(plain, name)]
+        found += [(f"activation.{name}", "activations are not quantized") for name in names]
+    if allocation.strategy is None:
+        names = [field.name for field in fields(allocation) if getattr(allocation, field.name) != getattr(AllocationConfig(), field.name)]
+        found += [(f"allocation.{name}", "allocation.strategy is null") for name in names]
+    return [f"precision.{name} is not read: {why}" for name, why in found]
 
 
 def _unread_fast_accumulation(level: Level, facts: Facts) -> str:

@@ -55,13 +55,14 @@ def first_tensor(output: Any) -> torch.Tensor | None:
     return None
 
 
-def _double(value: Any) -> Any:
+def _cast(value: Any, to: torch.dtype, only: torch.dtype | None = None) -> Any:
+    """Floating tensors in a type; only: those of that one."""
     if isinstance(value, torch.Tensor):
-        return value.double() if value.is_floating_point() else value
+        return value.to(to) if value.is_floating_point() and only in (None, value.dtype) else value
     if isinstance(value, (tuple, list)):
-        return type(value)(_double(item) for item in value)
+        return type(value)(_cast(item, to, only) for item in value)
     if isinstance(value, dict):
-        return {key: _double(item) for key, item in value.items()}
+        return {key: _cast(item, to, only) for key, item in value.items()}
     return value
 
 
@@ -131,17 +132,22 @@ class ModuleValidator:
             return ModuleCheck(change.name, float("inf"), "the module returned no tensor")
         with torch.no_grad():
             low_module = _beside(optimizer.reference(change.original), (args, kwargs))
-            low = first_tensor(low_module(*args, **kwargs))
-            exact = low
-            if not optimizer.keeps_arithmetic:
+            exact = low = None
+            if optimizer.keeps_arithmetic:
+                exact = low = first_tensor(low_module(*args, **kwargs))
+            else:
+                # A reference takes float64 as a wish for exact arithmetic; a scheme computes a float64 model in what it always does.
+                low = first_tensor(low_module(*_cast(args, torch.float32, torch.float64), **_cast(kwargs, torch.float32, torch.float64)))
                 exact_module = _beside(optimizer.reference(change.original), (args, kwargs))
-                exact = first_tensor(_as_double(exact_module)(*_double(args), **_double(kwargs)))
+                exact = first_tensor(_as_double(exact_module)(*_cast(args, torch.float64), **_cast(kwargs, torch.float64)))
         assert low is not None
         assert exact is not None
         if actual.shape != exact.shape:
             return ModuleCheck(change.name, float("inf"), f"the output has shape {tuple(actual.shape)}, not {tuple(exact.shape)}")
         quantized = getattr(low_module, "quantizes_activations", False)
-        floor = max(_ROUNDING.get(actual.dtype, 2e-6), _QUANTIZED_ROUNDING if quantized else 0.0)
+        # Scales are float32, and a scheme may compute in less than its input's type.
+        types = [actual.dtype, *([] if optimizer.keeps_arithmetic else [torch.float32, getattr(low_module, "dtype", None)])]
+        floor = max(*(_ROUNDING.get(dtype, 2e-6) for dtype in types if dtype is not None), _QUANTIZED_ROUNDING if quantized else 0.0)
         allowed = max(self.budget * relative_l2(low, exact), floor)
         error = relative_l2(actual, exact)
         ratio = error / allowed

@@ -69,10 +69,12 @@ def agreement(baseline: torch.Tensor, actual: torch.Tensor) -> Agreement:
 
 
 def relative_l2(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    """||actual - exact|| / ||exact|| in float64; 0 for two zeros, inf when a value is not finite."""
+    """||actual - exact|| / ||exact|| in float64; 0 for two zeros, inf when a value is not finite that is in exact, or is another there."""
     actual, exact = actual.double(), exact.double()
-    if not torch.isfinite(actual).all():
+    finite = torch.isfinite(exact)
+    if not torch.equal(finite, torch.isfinite(actual)) or not torch.allclose(actual[~finite], exact[~finite], equal_nan=True):
         return math.inf
+    actual, exact = actual.masked_fill(~finite, 0.0), exact.masked_fill(~finite, 0.0)
     size = exact.norm().item()
     error = (actual - exact).norm().item()
     return error / size if size else (0.0 if error == 0 else math.inf)

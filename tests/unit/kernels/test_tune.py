@@ -164,7 +164,10 @@ def test_code_is_shared_between_shapes_that_no_tile_cuts():
 def test_the_other_road_of_4_bit_weights_computes_the_product():
     x, stored = torch.randn(5, 256), spaces4.store(torch.randn(48, 256))
     codes, scale, global_scale = skinny_w4a16.unpack(skinny_w4a16.Packed(*stored), "nvfp4", 256)
-    exact = x.double() @ STORAGES["nvfp4"].dequantize({"weight": codes, "weight_scale": scale, "weight_global_scale": global_scale}, 256).double().t()
+    exact = (
+        x.double()
+        @ STORAGES["nvfp4"].dequantize({"weight": codes, "weight_scale": scale, "weight_global_scale": global_scale}, 256).double().t()
+    )
     assert tune.relative_error(spaces4.SPACE.against["expand"](stored)(x), exact) < 1e-5
 
 
