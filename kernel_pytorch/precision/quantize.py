@@ -142,7 +142,8 @@ class QuantizeLinears(Optimizer):
     def _formats(self, model: nn.Module, linears: dict[str, nn.Linear], context: Context) -> tuple[dict[str, str], dict[str, Any]]:
         """The format of each layer - the scheme's own, what `weight.assign` says, or what fits the budget best - and facts for the
         receipt."""
-        if self.allocation.strategy is None:
+        # Without a layer there is nothing to allocate: why each was skipped is the engine's to say.
+        if self.allocation.strategy is None or not linears:
             return assigned_formats(model, linears, self.weight), {}
         found = allocate(model, linears, self.weight, self.allocation, context.workload, context.seed)
         return found.formats, found.details()

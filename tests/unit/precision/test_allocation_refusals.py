@@ -1,0 +1,53 @@
+"""Allocation on awkward models and inputs: it scores what can be scored and names the layer where it cannot."""
+
+import pytest
+import torch
+from torch import nn
+
+import kernel_pytorch as kp
+from kernel_pytorch.errors import NoEffectError
+from kernel_pytorch.models.call import CallWorkload
+from kernel_pytorch.precision.scores import Scorer
+from kernel_pytorch.schema import AllocationStrategy, WeightConfig
+
+X = torch.randn(8, 32, generator=torch.Generator().manual_seed(1))
+GRADIENTS = AllocationStrategy.gradient_weighted
+
+
+def layers(*, inplace: bool = False) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 32), nn.ReLU(inplace), nn.Linear(32, 32), nn.ReLU(inplace), nn.Linear(32, 32))
+
+
+class TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x).relu())
+
+
+def allocate(model: nn.Module, strategy: str, bits: float = 6, share: float = 1, **given):
+    """What the receipt says of the allocation."""
+    overrides = [
+        "precision=int8_weight_only",
+        f"precision.allocation.strategy={strategy}",
+        f"precision.allocation.effective_bits={bits}",
+        f"precision.allocation.sensitivity_share={share}",
+        "precision.allocation.formats=[nvfp4,int8]",
+    ]
+    done = kp.optimize(model, "eager", overrides=overrides, trained=False, measure=False, args=(X,), **given)
+    return next(row for row in done.report.steps if row.group == "precision").details
+
+
+def losses_of(model: nn.Module, strategy: AllocationStrategy) -> dict[str, float]:
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    scorer = Scorer(model, linears, WeightConfig(format="nvfp4"), CallWorkload((X,)), 1, 0)
+    return {name: scorer.losses(strategy, name, ["nvfp4"])[0] for name in linears}
+
+
+def test_nothing_to_allocate_is_no_effect_with_the_reason() -> None:
+    with pytest.raises(NoEffectError, match="min_features"):
+        allocate(nn.Sequential(nn.Linear(32, 4)), "entropy_based")
