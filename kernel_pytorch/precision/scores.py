@@ -137,7 +137,7 @@ class Scorer:
         found = {name: torch.zeros(linear.in_features, device=linear.weight.device) for name, linear in self.linears.items()}
 
         def watch(name: str, x: torch.Tensor, _output: torch.Tensor) -> None:
-            found[name] += x.float().flatten(0, -2).square().sum(0)
+            found[name] += x.float().reshape(-1, x.shape[-1]).square().sum(0)
 
         with torch.no_grad(), self._watching(watch):
             for _ in self.workload.calibration_rows(self.model, self.num_calls):
@@ -208,12 +208,13 @@ def _squares(
 ) -> dict[tuple[str, str], float]:
     """By group and format the sum over samples of (gradient . error)^2. Calls of one group on equally many samples add up first."""
     products: dict[tuple[str, str, int], torch.Tensor] = {}
-    for (name, output, errors), gradient in zip(outputs, gradients, strict=True):
+    for (name, _, errors), gradient in zip(outputs, gradients, strict=True):
         if gradient is None:
             continue
         for format, error in zip(formats, errors, strict=True):
-            product = (gradient.float() * error.float()).reshape(len(output), -1).sum(1)
-            key = (name, format, len(output))
+            # A single vector is one sample; a call may have none.
+            product = torch.atleast_2d(gradient.float() * error.float()).flatten(1).sum(1)
+            key = (name, format, len(product))
             products[key] = products[key] + product if key in products else product
     found: dict[tuple[str, str], float] = {}
     for (name, format, _), product in products.items():

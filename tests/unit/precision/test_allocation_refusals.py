@@ -48,6 +48,49 @@ def losses_of(model: nn.Module, strategy: AllocationStrategy) -> dict[str, float
     return {name: scorer.losses(strategy, name, ["nvfp4"])[0] for name in linears}
 
 
+class Experts(nn.Module):
+    """The third expert gets no row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chosen, out = (x[:, 0] > 0).long(), torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero().flatten()
+            out = out.index_add(0, rows, expert(x[rows]))
+        return out
+
+
+@pytest.mark.parametrize("strategy", [AllocationStrategy.activation_aware, GRADIENTS])
+def test_an_expert_without_rows_loses_nothing_that_is_seen(strategy: AllocationStrategy) -> None:
+    first, second, idle = losses_of(Experts(), strategy).values()
+    assert min(first, second) > 0
+    assert idle == 0
+
+
+class OneVector(TwoLayers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(x) + self.a(x[0])
+
+
+class OneRow(TwoLayers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(x) + self.a(x[:1])
+
+
+@pytest.mark.parametrize("strategy", [AllocationStrategy.activation_aware, GRADIENTS])
+def test_a_vector_is_scored_as_one_row(strategy: AllocationStrategy) -> None:
+    assert losses_of(OneVector(), strategy) == pytest.approx(losses_of(OneRow(), strategy), rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["int8_weight_only", "nvfp4_dynamic"])
+def test_a_layer_that_is_given_one_vector_is_replaced_and_verified(precision: str) -> None:
+    kp.optimize(OneVector(), "eager", overrides=[f"precision={precision}"], trained=False, measure=False, args=(X,))
+
+
 def test_nothing_to_allocate_is_no_effect_with_the_reason() -> None:
     with pytest.raises(NoEffectError, match="min_features"):
         allocate(nn.Sequential(nn.Linear(32, 4)), "entropy_based")
