@@ -101,7 +101,7 @@ def allocate(
     """The format of each layer that loses least, by the strategy, within `effective_bits` bits a weight over all of `linears`.
     With `grouped`, layers that read the very same tensors are one decision.
 
-    Raises ConfigError when no choice fits, with the range that can be reached."""
+    Raises ConfigError when no choice fits, with the range that can be reached, and for a layer whose loss is not finite."""
     assert config.strategy is not None
     began = time.perf_counter()
     scorer = Scorer(model, linears, weight, workload, config.num_calibration_calls, seed)
@@ -152,8 +152,8 @@ def _losses(
     strategy = config.strategy
     assert strategy is not None
     if strategy not in MEASURED or config.sensitivity_share == 1:
-        return [scorer.losses(strategy, name, formats) for name in names]
-    prior = [scorer.losses(PRIOR, name, formats) for name in names]
+        return [_finite(scorer, strategy, name, formats) for name in names]
+    prior = [_finite(scorer, PRIOR, name, formats) for name in names]
     cheap = [row.index(min(row)) for row in costs]
     dear = [row.index(max(row)) for row in costs]
     layers = range(len(names))
@@ -162,7 +162,18 @@ def _losses(
     upgraded = [rates[n] for n in layers if chosen[n] != cheap[n]]
     boundary = min(upgraded, default=max(rates))
     order = sorted(layers, key=lambda n: abs(math.log(max(rates[n], 1e-300) / max(boundary, 1e-300))))
-    measured = {n: scorer.losses(strategy, names[n], formats) for n in order[: max(1, round(config.sensitivity_share * len(names)))]}
+    measured = {n: _finite(scorer, strategy, names[n], formats) for n in order[: max(1, round(config.sensitivity_share * len(names)))]}
     sizes = [measured[n][option] / prior[n][option] for n in measured for option in range(len(formats)) if prior[n][option] > 0]
     size = torch.tensor(sizes).median().item() if sizes else 1.0
     return [measured.get(n, [loss * size for loss in prior[n]]) for n in layers]
+
+
+def _finite(scorer: Scorer, strategy: AllocationStrategy, name: str, formats: list[str]) -> list[float]:
+    losses = scorer.losses(strategy, name, formats)
+    for format, loss in zip(formats, losses, strict=True):
+        if not math.isfinite(loss):
+            raise ConfigError(
+                f"precision.allocation.strategy: {strategy.value} found a loss of {loss} for {name} in {format}, it must be finite; look"
+                " for Inf and NaN in the calibration inputs and the outputs, or use strategy=entropy_based, which runs nothing"
+            )
+    return losses

@@ -20,6 +20,8 @@ Linears = Mapping[str, nn.Linear]
 # The share of calibration rows whose error a content-adaptive score looks at from above.
 WORST_ROWS = 0.95
 _BINS = 256
+# Below any square of a float32, so that a layer of tiny weights is compared with itself.
+_LEAST = 1e-300
 
 
 # Random directions of the output a call: over R rows a loss has a relative standard error of sqrt(2 / (R * PROBES)), 0.08 for 88.
@@ -82,16 +84,16 @@ class Scorer:
 
     def _weight_error(self, name: str, format: str) -> float:
         """Squared error of the stored weight over the weight's own square: what scales of two levels leave."""
-        weight = self.linears[name].weight.detach().float()
-        return (self._rounded(name, format) - weight).square().sum().item() / max(weight.square().sum().item(), 1e-30)
+        weight = self.linears[name].weight.detach().double()
+        return (self._rounded(name, format) - weight).square().sum().item() / max(weight.square().sum().item(), _LEAST)
 
     def _output_error(self, name: str, format: str) -> float:
         """Predicted squared error of the layer's output over the output's own, columns weighted by the inputs' second moments.
         Source: arXiv:2306.00978, section 3"""
-        weight = self.linears[name].weight.detach().float()
+        weight = self.linears[name].weight.detach().double()
         moments = self._input_moments()[name]
         error = ((self._rounded(name, format) - weight).square() @ moments).sum().item()
-        return error / max((weight.square() @ moments).sum().item(), 1e-30)
+        return error / max((weight.square() @ moments).sum().item(), _LEAST)
 
     def measured(self, name: str, format: str, *, worst: bool = False) -> float:
         """1 - cosine of the model's output rows over calibration, with this group alone stored in `format`: the mean, or the
@@ -134,10 +136,11 @@ class Scorer:
         """Of each layer, over calibration: the sums of squares of its input columns."""
         if self._moments:
             return self._moments
-        found = {name: torch.zeros(linear.in_features, device=linear.weight.device) for name, linear in self.linears.items()}
+        # float64: squares of large float32 values overflow.
+        found = {name: linear.weight.new_zeros(linear.in_features, dtype=torch.float64) for name, linear in self.linears.items()}
 
         def watch(name: str, x: torch.Tensor, _output: torch.Tensor) -> None:
-            found[name] += x.float().reshape(-1, x.shape[-1]).square().sum(0)
+            found[name] += x.double().reshape(-1, x.shape[-1]).square().sum(0)
 
         with torch.no_grad(), self._watching(watch):
             for _ in self.workload.calibration_rows(self.model, self.num_calls):
@@ -167,7 +170,7 @@ class Scorer:
         with torch.enable_grad(), self._watching(watch):
             for rows in self.workload.calibration_rows(self.model, self.num_calls):
                 num_rows += len(rows)
-                unit = functional.normalize(rows.float(), dim=1)
+                unit = functional.normalize(rows.double(), dim=1)
                 for probe in range(PROBES):
                     signs = torch.randint(0, 2, unit.shape, generator=generator).to(unit) * 2 - 1
                     # Not backward(): that would leave gradients in the caller's parameters.
@@ -213,7 +216,7 @@ def _squares(
             continue
         for format, error in zip(formats, errors, strict=True):
             # A single vector is one sample; a call may have none.
-            product = torch.atleast_2d(gradient.float() * error.float()).flatten(1).sum(1)
+            product = torch.atleast_2d(gradient.double() * error.double()).flatten(1).sum(1)
             key = (name, format, len(product))
             products[key] = products[key] + product if key in products else product
     found: dict[tuple[str, str], float] = {}

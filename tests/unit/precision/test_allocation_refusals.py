@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import kernel_pytorch as kp
-from kernel_pytorch.errors import NoEffectError
+from kernel_pytorch.errors import ConfigError, NoEffectError
 from kernel_pytorch.models.call import CallWorkload
 from kernel_pytorch.precision.scores import Scorer
 from kernel_pytorch.schema import AllocationStrategy, WeightConfig
@@ -94,3 +94,28 @@ def test_a_layer_that_is_given_one_vector_is_replaced_and_verified(precision: st
 def test_nothing_to_allocate_is_no_effect_with_the_reason() -> None:
     with pytest.raises(NoEffectError, match="min_features"):
         allocate(nn.Sequential(nn.Linear(32, 4)), "entropy_based")
+
+
+@pytest.mark.parametrize("strategy", ["nvfp4_double_quantization", "activation_aware", "gradient_weighted"])
+def test_weights_whose_squares_overflow_float32_have_finite_losses(strategy: str) -> None:
+    model = layers()
+    first, _, second, *_ = model.parameters()
+    with torch.no_grad():
+        first.mul_(1e25)
+        second.mul_(1e-25)
+    # Room for the dearest format everywhere.
+    assert allocate(model, strategy, bits=32)["format_usage"] == "int8 100.0%"
+
+
+@pytest.mark.parametrize("strategy", ["layer_adaptive", "content_adaptive", "gradient_weighted", "activation_aware"])
+def test_a_loss_that_is_not_finite_is_refused_by_its_layer(strategy: str) -> None:
+    spoiled = X.clone()
+    spoiled[0, 0] = torch.inf
+    with pytest.raises(ConfigError, match=rf"{strategy} found a loss of (nan|inf) for 0 in nvfp4.*use strategy=entropy_based"):
+        allocate(layers(), strategy, bits=32, calibration=[((spoiled,), {})])
+
+
+def test_a_prior_that_is_not_finite_is_refused() -> None:
+    spoiled = torch.full_like(X, torch.nan)
+    with pytest.raises(ConfigError, match="gradient_weighted found a loss of nan for 0"):
+        allocate(layers(), "layer_adaptive", share=0.5, calibration=[((spoiled,), {})])
