@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from kernel_pytorch.errors import ConfigError
 from kernel_pytorch.optimizer import Workload
 from kernel_pytorch.precision.shared_inputs import SharedInputs
 from kernel_pytorch.precision.storage import STORAGES
@@ -153,17 +154,26 @@ class Scorer:
         """1 - cosine of the model's output rows, to second order, by group and format: the weight error in the quadratic form of the
         Gauss-Newton (Fisher) matrix of the rows brought to unit length, halved. Not its diagonal: E[(g . e)^2] over random signs of
         the output, g the gradient at a layer's output and e its error there, summed over a group and a sample (the first dimension)
-        before the square, so that errors that cancel do.   Source: arXiv:1412.1193 (the matrix); Hutchinson, 1990 (signs)"""
+        before the square, so that errors that cancel do.   Source: arXiv:1412.1193 (the matrix); Hutchinson, 1990 (signs)
+
+        Raises ConfigError where no gradient reaches a layer that the output depends on."""
         errors = {(name, format): self._weight_change(name, format) for name in self.linears for format in formats}
         group_of = {member: name for name, members in self.groups.items() for member in members}
         totals = {(name, format): 0.0 for name in self.groups for format in formats}
-        outputs: list[tuple[str, torch.Tensor, list[torch.Tensor]]] = []
+        calls: list[_Call] = []
+        called: set[str] = set()
+        reached: set[str] = set()
 
-        def watch(name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        def watch(name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
+            called.add(name)
+            if not torch.is_grad_enabled() or output.is_inference():
+                return None
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
-            outputs.append((group_of[name], output, [functional.linear(x.detach(), errors[name, format]) for format in formats]))
-            return output
+            missed = [functional.linear(x.detach(), errors[name, format]) for format in formats]
+            calls.append(_Call(name, group_of[name], output, missed))
+            # An activation in place must not write to the tensor whose gradient is asked for.
+            return output.clone()
 
         generator = torch.Generator().manual_seed(self.seed)
         num_rows = 0
@@ -173,16 +183,30 @@ class Scorer:
                 unit = functional.normalize(rows.double(), dim=1)
                 for probe in range(PROBES):
                     signs = torch.randint(0, 2, unit.shape, generator=generator).to(unit) * 2 - 1
-                    # Not backward(): that would leave gradients in the caller's parameters.
-                    gradients = torch.autograd.grad(
-                        (unit * signs).sum(), [output for _, output, _ in outputs], allow_unused=True, retain_graph=probe < PROBES - 1
-                    )
-                    for key, value in _squares(outputs, gradients, formats).items():
+                    found = _gradients((unit * signs).sum(), calls, retain=probe < PROBES - 1)
+                    reached.update(call.layer for call, _ in found)
+                    for key, value in _squares(found, formats).items():
                         totals[key] += value
-                outputs.clear()
+                calls.clear()
         # The layers' own products with their errors are less than a forward a format.
         self.forwards += 1 + len(formats) + 2 * PROBES
+        self._check_idle([name for name in self.linears if name in called - reached], formats[0])
         return {key: total / (2 * PROBES * max(num_rows, 1)) for key, total in totals.items()}
+
+    def _check_idle(self, names: Sequence[str], format: str) -> None:
+        """Raises ConfigError unless the output stays what it is with these layers stored in `format`, as a loss of 0 says."""
+        if not names:
+            return
+        if self._expected is None:
+            self._expected = self._rows()
+        with self.storing(dict.fromkeys(names, format)):
+            rows = self._rows()
+        if not torch.allclose(rows, self._expected, atol=0, equal_nan=True):
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise ConfigError(
+                f"precision.allocation.strategy: gradient_weighted found no gradient at {shown}, on which the output depends: forward turns"
+                " gradients off or detaches; use strategy=layer_adaptive with sensitivity_share=1, which needs none"
+            )
 
     def _weight_change(self, name: str, format: str) -> torch.Tensor:
         weight = self.linears[name].weight.detach()
@@ -206,20 +230,35 @@ class Scorer:
                 handle.remove()
 
 
-def _squares(
-    outputs: Sequence[tuple[str, torch.Tensor, list[torch.Tensor]]], gradients: Sequence[torch.Tensor | None], formats: Sequence[str]
-) -> dict[tuple[str, str], float]:
+@dataclass(frozen=True)
+class _Call:
+    """Of a layer. errors: by format, what its output misses."""
+
+    layer: str
+    group: str
+    output: torch.Tensor
+    errors: list[torch.Tensor]
+
+
+def _gradients(total: torch.Tensor, calls: Sequence[_Call], *, retain: bool) -> list[tuple[_Call, torch.Tensor]]:
+    """Of `total` at the calls' outputs, where it depends on them."""
+    if not calls or not total.requires_grad:
+        return []
+    # Not backward(): that would leave gradients in the caller's parameters.
+    gradients = torch.autograd.grad(total, [call.output for call in calls], allow_unused=True, retain_graph=retain)
+    return [(call, gradient) for call, gradient in zip(calls, gradients, strict=True) if gradient is not None]
+
+
+def _squares(found: Sequence[tuple[_Call, torch.Tensor]], formats: Sequence[str]) -> dict[tuple[str, str], float]:
     """By group and format the sum over samples of (gradient . error)^2. Calls of one group on equally many samples add up first."""
     products: dict[tuple[str, str, int], torch.Tensor] = {}
-    for (name, _, errors), gradient in zip(outputs, gradients, strict=True):
-        if gradient is None:
-            continue
-        for format, error in zip(formats, errors, strict=True):
+    for call, gradient in found:
+        for format, error in zip(formats, call.errors, strict=True):
             # A single vector is one sample; a call may have none.
             product = torch.atleast_2d(gradient.double() * error.double()).flatten(1).sum(1)
-            key = (name, format, len(product))
+            key = (call.group, format, len(product))
             products[key] = products[key] + product if key in products else product
-    found: dict[tuple[str, str], float] = {}
+    sums: dict[tuple[str, str], float] = {}
     for (name, format, _), product in products.items():
-        found[name, format] = found.get((name, format), 0.0) + product.square().sum().item()
-    return found
+        sums[name, format] = sums.get((name, format), 0.0) + product.square().sum().item()
+    return sums

@@ -48,6 +48,12 @@ def losses_of(model: nn.Module, strategy: AllocationStrategy) -> dict[str, float
     return {name: scorer.losses(strategy, name, ["nvfp4"])[0] for name in linears}
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_activations_in_place_are_scored_like_others(frozen: bool) -> None:
+    plain, inplace = (losses_of(layers(inplace=inplace).requires_grad_(not frozen), GRADIENTS) for inplace in (False, True))
+    assert inplace == pytest.approx(plain, rel=1e-6)
+
+
 class Experts(nn.Module):
     """The third expert gets no row."""
 
@@ -119,3 +125,41 @@ def test_a_prior_that_is_not_finite_is_refused() -> None:
     spoiled = torch.full_like(X, torch.nan)
     with pytest.raises(ConfigError, match="gradient_weighted found a loss of nan for 0"):
         allocate(layers(), "layer_adaptive", share=0.5, calibration=[((spoiled,), {})])
+
+
+class Detached(TwoLayers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x).relu().detach())
+
+
+class NoGrad(TwoLayers):
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+class Inference(TwoLayers):
+    @torch.inference_mode()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(("model", "shown"), [(Detached, "a"), (NoGrad, "a, b"), (Inference, "a, b")])
+def test_layers_without_a_gradient_are_not_scored_by_it(model: type[TwoLayers], shown: str) -> None:
+    with pytest.raises(ConfigError, match=f"no gradient at {shown}, on which .* use strategy=layer_adaptive"):
+        allocate(model(), "gradient_weighted")
+    assert all(entry["nvfp4"] > 0 for entry in allocate(model(), "layer_adaptive")["losses"])
+
+
+class Unused(TwoLayers):
+    """As a pooler is whose result nobody reads."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.b(x)
+        return self.a(x)
+
+
+def test_a_layer_that_the_output_does_not_depend_on_needs_no_gradient() -> None:
+    losses = losses_of(Unused(), GRADIENTS)
+    assert losses["a"] > 0
+    assert losses["b"] == 0
