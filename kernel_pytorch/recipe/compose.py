@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ from kernel_pytorch.recipe.sources import RecipeSources
 from kernel_pytorch.recipe.sweep import block_overrides
 from kernel_pytorch.recipe.validate import validate
 from kernel_pytorch.schema import RootConfig
+
+# Hydra's state and our sources belong to the process. Reentrant, as the code inside is: it puts back what it found.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,14 @@ def prepare(overrides: Sequence[str], sources: RecipeSources | None = None, *, m
 
 
 def compose(overrides: Sequence[str], sources: RecipeSources | None = None) -> Composed:
-    """Composes and validates one run. Raises ConfigError with one line a mistake; nothing is written."""
+    """Composes and validates one run. Raises ConfigError with one line a mistake; nothing is written.
+
+    Threads wait for one another."""
+    with _ONE_AT_A_TIME:
+        return _compose(overrides, sources)
+
+
+def _compose(overrides: Sequence[str], sources: RecipeSources | None) -> Composed:
     read = read_overrides(overrides, sources or RecipeSources.from_environment())
     conf = str(data_folder("conf"))
     with registered(read.sources), hydra_errors(), _own_hydra(), hydra.initialize_config_dir(conf, job_name="kernel_pytorch", **_version()):

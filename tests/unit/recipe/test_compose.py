@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import hydra
@@ -261,3 +263,30 @@ def test_prepare_registers_what_it_was_given(sources: RecipeSources, monkeypatch
     monkeypatch.setattr(hydra_source, "_active", None)
     assert prepare([], sources).sources is sources
     assert hydra_source.active() is sources
+
+
+def test_threads_that_compose_at_once_each_get_their_own(sources: RecipeSources, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Both wait inside, where one lets another in.
+    both, initialize = threading.Barrier(2), hydra.initialize_config_dir
+
+    def slow(*args, **kwargs):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.5)
+        return initialize(*args, **kwargs)
+
+    monkeypatch.setattr(hydra, "initialize_config_dir", slow)
+    found: dict[str, str] = {}
+
+    def work(option: str) -> None:
+        try:
+            found[option] = compose([f"precision={option}"], sources).choices["precision"]
+        except ValueError as error:
+            found[option] = repr(error)
+
+    threads = [threading.Thread(target=work, args=(option,)) for option in ("int8_dynamic", "bf16")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {"int8_dynamic": "int8_dynamic", "bf16": "bf16"}
+    assert not GlobalHydra.instance().is_initialized()
