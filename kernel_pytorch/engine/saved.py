@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ KIND = "kernel_pytorch saved model"
 FACTS_FILE = "saved.json"
 _TENSOR_FILE = re.compile(r"tensors-[0-9a-f]{16}\.safetensors")
 _TEMPORARY = ".saving-"
+# What a save that was killed left: its tensors, or its facts, which write_atomically names so.
+_LEFT_OVER = re.compile(rf"{re.escape(_TEMPORARY)}[0-9a-f]+|\.{re.escape(FACTS_FILE)}\.[a-z0-9_]{{8}}")
 # Facts of a model with 100,000 tensors take 15 MB.
 _MOST_FACTS_BYTES = 2**27
 _CHUNK = 2**20
@@ -173,11 +175,9 @@ def write(
     layouts = {name: describe(tensor) for name, tensor in tensors.items() if _needs_layout(tensor)}
     temporary = folder / f"{_TEMPORARY}{secrets.token_hex(8)}"
     try:
-        earlier = _earlier(folder, overwrite=overwrite)
+        _require_ours(folder, overwrite=overwrite)
         folder.mkdir(parents=True, exist_ok=True)
-        # What a save that was killed left: its tensors, or its facts, which write_atomically names so.
-        for stale in (*folder.glob(f"{_TEMPORARY}*"), *folder.glob(f".{FACTS_FILE}.*")):
-            _remove(stale)
+        _remove(path for path in folder.iterdir() if _LEFT_OVER.fullmatch(path.name))
         # A folder: safetensors writes to a file beside, of a name of its own, which is whole only once it is renamed.
         temporary.mkdir()
         written = temporary / "tensors"
@@ -200,19 +200,20 @@ def write(
         text = json.dumps(facts.model_dump(), indent=1, allow_nan=False) + "\n"
         os.replace(written, folder / file.name)
         write_atomically(folder / FACTS_FILE, text)
-        if earlier is not None and earlier != file.name:
-            (folder / earlier).unlink(missing_ok=True)
+        # Of the earlier save, and of saves that were killed before their facts named them.
+        _remove(path for path in folder.iterdir() if _TENSOR_FILE.fullmatch(path.name) and path.name != file.name)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{folder}: cannot be written: {_reason(error)}") from error
     finally:
-        _remove(temporary)
+        _remove([temporary])
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    elif path.exists():
-        path.unlink()
+def _remove(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.exists():
+            path.unlink()
 
 
 def read(folder: Path) -> Saved:
@@ -242,26 +243,23 @@ def read(folder: Path) -> Saved:
     return Saved(folder, facts, tensors)
 
 
-def _earlier(folder: Path, *, overwrite: bool) -> str | None:
-    """The tensor file of an earlier save that may be replaced, or None. Raises ConfigError for a folder that is not ours to write."""
+def _require_ours(folder: Path, *, overwrite: bool) -> None:
+    """Raises ConfigError for a folder that is not ours to write, or holds an earlier save that may not be replaced."""
     if not folder.exists():
-        return None
+        return
     if not folder.is_dir():
         raise ConfigError(f"{folder}: found a file; allowed a new folder")
     if not (folder / FACTS_FILE).exists():
         # A first save that was killed leaves these.
-        others = [path.name for path in folder.iterdir() if not path.name.startswith(_TEMPORARY) and not _TENSOR_FILE.fullmatch(path.name)]
+        others = [path.name for path in folder.iterdir() if not _LEFT_OVER.fullmatch(path.name) and not _TENSOR_FILE.fullmatch(path.name)]
         if others:
             raise ConfigError(f"{folder}: found {', '.join(sorted(others)[:3])}; allowed a new or empty folder, or an earlier save")
-        return None
+        return
     raw = _read_json(folder / FACTS_FILE)
     if raw.get("kind") != KIND:
         raise ConfigError(f"{folder / FACTS_FILE}: found a file that is not of this library; allowed a new or empty folder")
     if not overwrite:
         raise ConfigError(f"{folder}: found an earlier save; allowed a new folder, or overwrite=True")
-    file = raw.get("file")
-    name = file.get("name") if isinstance(file, dict) else None
-    return name if isinstance(name, str) and _TENSOR_FILE.fullmatch(name) else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

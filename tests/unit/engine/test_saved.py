@@ -261,9 +261,33 @@ def test_a_first_save_that_was_killed_does_not_block_the_next(tmp_path, monkeypa
         with pytest.raises(Killed):
             write(tmp_path / "s")
     (tmp_path / "s" / ".saving-0123").write_bytes(b"half")
+    # As write_atomically names what it renames.
+    (tmp_path / "s" / ".saved.json.m9bhwrb_").write_text("half")
     write(tmp_path / "s", {"model.w": torch.zeros(1)})
     assert saved.read(tmp_path / "s").tensor("model.w", CPU).tolist() == [0]
-    assert not (tmp_path / "s" / ".saving-0123").exists()
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["saved.json", tensor_file(tmp_path / "s").name]
+
+
+def test_tensors_that_no_facts_name_go_once_a_save_is_whole_and_not_before(tmp_path, monkeypatch):
+    folder, orphan = tmp_path / "s", "tensors-0123456789abcdef.safetensors"
+    write(folder)
+    (folder / orphan).write_bytes(b"whole")
+    yours = ["tensors-mine.safetensors", ".saved.json.swp"]
+    for name in yours:
+        (folder / name).write_text("yours")
+
+    def die(*_args, **_kwargs):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saved, "write_atomically", die)
+        with pytest.raises(Killed):
+            write(folder, {"model.w": torch.zeros(1)}, overwrite=True)
+    assert saved.read(folder).tensor("model.w", CPU).tolist() == [0, 1, 2, 3]
+    assert (folder / orphan).exists()
+    write(folder, {"model.w": torch.ones(1)}, overwrite=True)
+    named = saved.read(folder).facts.file.name
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*yours, "saved.json", named])
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
