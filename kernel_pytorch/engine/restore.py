@@ -224,7 +224,11 @@ def load(saved: Saved, model: nn.Module, run: Run) -> tuple[nn.Module, Source]:
         with run.stage("apply"), torch.no_grad():
             for step in steps:
                 restored = _portables(saved, step.group, device)
-                apply_modules(built, [step], replace(context, restored=restored), rows)
+                try:
+                    apply_modules(built, [step], replace(context, restored=restored), rows)
+                except ConfigError as error:
+                    # A step knows the module that it restores, and not the file.
+                    raise ConfigError([f"{saved.path}: modules.{line}" if restored else line for line in error.lines]) from error
                 made = {} if step.optimizer is None else step.optimizer.portable(built.model)
                 if set(made) != set(restored):
                     raise ConfigError(

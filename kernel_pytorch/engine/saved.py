@@ -311,7 +311,7 @@ def _sha256(path: Path, *, flush: bool = False) -> str:
     return digest.hexdigest()
 
 
-def _reason(error: OSError | SafetensorError) -> str:
+def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
 
 
@@ -347,9 +347,15 @@ def _unpacked(plain: torch.Tensor, layout: TensorFacts | None, where: str) -> to
     if not isinstance(dtype, torch.dtype) or not _is_dense(layout) or math.prod(layout.shape) * dtype.itemsize != plain.nbytes:
         found = f"{layout.dtype} {layout.shape} with strides {layout.stride}"
         raise ConfigError(f"{where}: found {found}, which {plain.nbytes:,} bytes are not; the file was changed: save again")
-    values = plain.clone() if plain.dtype == dtype else plain.clone().reshape(-1).view(dtype)
-    values = values.reshape(layout.shape)
-    return torch.empty_strided(layout.shape, layout.stride, dtype=dtype).copy_(values) if layout.stride else values
+    # Bytes in the file lie at any place, and an element type is viewed at multiples of its size.
+    aligned = plain.clone().reshape(-1)
+    try:
+        values = aligned.view(dtype).reshape(layout.shape)
+        # Copied once more: torch views bytes as types that it cannot even copy, quint8 and uint4.
+        return torch.empty_strided(layout.shape, layout.stride, dtype=dtype).copy_(values) if layout.stride else values.clone()
+    except (RuntimeError, TypeError) as error:
+        found = f"{layout.dtype} {layout.shape} with strides {layout.stride}"
+        raise ConfigError(f"{where}: found {found}, which torch cannot make ({_reason(error)}); save again") from error
 
 
 def _is_dense(layout: TensorFacts) -> bool:

@@ -43,9 +43,9 @@ def from_portable(
         raise ConfigError(f"{name}: found {found} in this model; allowed an nn.Linear, which the file stores quantized")
     n, k = original.out_features, original.in_features
     facts = {"format": saved.facts.get("format"), "out_features": n, "in_features": k}
-    if saved.facts != facts or facts["format"] not in STORAGES:
+    if saved.facts != facts or not isinstance(facts["format"], str) or facts["format"] not in STORAGES:
         raise ConfigError(
-            f"{name}: found {saved.facts} in the file; allowed out_features={n}, in_features={k}, format of {', '.join(STORAGES)}"
+            f"{name}.facts: found {saved.facts} in the file; allowed out_features={n}, in_features={k}, format of {', '.join(STORAGES)}"
         )
     config = replace(weight, format=str(facts["format"]), assign=[])
     expected = _layout(config, activation, n, k, has_bias=original.bias is not None)

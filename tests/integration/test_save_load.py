@@ -388,7 +388,7 @@ CHANGED = {
     ),
     "a format that does not exist": (
         lambda facts, _: facts["modules"]["left"]["facts"].update(format="int3"),
-        "left: found .*int3.* in the file; allowed",
+        r"modules\.left\.facts: found .*int3.* in the file; allowed",
     ),
     "a format that is not the tensors'": (
         lambda facts, _: facts["modules"]["left"]["facts"].update(format="int4"),

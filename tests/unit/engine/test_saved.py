@@ -191,10 +191,17 @@ def test_a_tensor_file_that_is_no_safetensors_is_refused(tmp_path):
         {"dtype": "float64", "shape": [4], "stride": []},
         {"dtype": "nn", "shape": [4], "stride": []},
         {"dtype": "__name__", "shape": [4], "stride": []},
+        {"dtype": "quint8", "shape": [4, 4], "stride": [1, 4]},
+        {"dtype": "quint8", "shape": [16], "stride": []},
+        {"dtype": "uint4", "shape": [4, 4], "stride": [1, 4]},
+        {"dtype": "uint4", "shape": [16], "stride": []},
+        {"dtype": "uint8", "shape": [1, 16], "stride": [2**70, 1]},
+        {"dtype": "float32", "shape": [0, 2**70], "stride": []},
+        {"dtype": "float32", "shape": [0, 2], "stride": [1]},
     ],
 )
-def test_a_layout_that_does_not_fit_its_bytes_is_refused(tmp_path, layout):
-    write(tmp_path / "s")
+def test_a_layout_that_its_bytes_do_not_have_is_refused(tmp_path, layout):
+    write(tmp_path / "s", {"model.w": torch.arange(0.0 if 0 in layout["shape"] else 4.0)})
     edit(tmp_path / "s", lambda raw: raw["layouts"].update({"model.w": layout}))
     with pytest.raises(ConfigError, match=r"layouts\.model\.w: found"):
         saved.read(tmp_path / "s").tensor("model.w", CPU)
