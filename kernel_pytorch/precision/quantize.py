@@ -123,12 +123,18 @@ class QuantizeLinears(Optimizer):
     def _restore(self, model: nn.Module, context: Context, restored: Mapping[str, Portable]) -> Applied:
         emulate = context.emulate or self.support(context.backend).level is not Level.native
         changes: list[Change] = []
-        modules = dict(model.named_modules())
+        modules, shared = dict(model.named_modules()), shared_weights(model)
         for name, saved in restored.items():
+            original = modules.get(name)
+            lost = what_is_lost(model, name, original, shared) if isinstance(original, nn.Linear) else None
+            if lost is not None:
+                raise ConfigError(
+                    f"{name}: found a layer in this model that cannot be replaced: {lost}; build it as before it was optimized"
+                )
             layer = from_portable(
                 name,
                 saved,
-                modules.get(name),
+                original,
                 self.weight,
                 self.activation,
                 dtype=self.dtype,
@@ -154,20 +160,9 @@ class QuantizeLinears(Optimizer):
         return {}
 
     def _why_not(self, model: nn.Module, name: str, linear: nn.Linear, shared: dict[int, list[str]]) -> str | None:
-        if type(linear) is not nn.Linear:
-            return f"{type(linear).__name__} is a subclass of nn.Linear: what it adds would be lost"
-        if linear._forward_hooks or linear._forward_pre_hooks:
-            return "it has forward hooks, which may read its weight"
-        if "forward" in vars(linear):
-            return "its forward was replaced on the object: what that adds would be lost"
-        if type(linear._parameters.get("weight")) is not nn.Parameter:
-            return f"its weight is a {type(linear.weight).__name__} and no plain parameter"
-        owners = [owner for owner in shared[id(linear.weight)] if owner != f"{name}.weight"]
-        if owners:
-            return f"its weight is shared with {owners[0]}"
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(parent, (nn.TransformerEncoderLayer, nn.MultiheadAttention)):
-            return f"nn.{type(parent).__name__} reads its weight without calling it"
+        lost = what_is_lost(model, name, linear, shared)
+        if lost is not None:
+            return lost
         if not linear.weight.is_floating_point() or linear.weight.is_meta:
             return f"its weight is {linear.weight.dtype} on {linear.weight.device}"
         narrow = min(linear.in_features, linear.out_features)
@@ -225,6 +220,25 @@ def assigned_formats(model: nn.Module, linears: Mapping[str, nn.Module], weight:
             f" layers are, for example, {shown}"
         )
     return found
+
+
+def what_is_lost(model: nn.Module, name: str, linear: nn.Linear, shared: Mapping[int, list[str]]) -> str | None:
+    """Why the model would miss this layer, whatever its weight and the scheme, or None. shared: as `shared_weights` has it."""
+    if type(linear) is not nn.Linear:
+        return f"{type(linear).__name__} is a subclass of nn.Linear: what it adds would be lost"
+    if linear._forward_hooks or linear._forward_pre_hooks:
+        return "it has forward hooks, which may read its weight"
+    if "forward" in vars(linear):
+        return "its forward was replaced on the object: what that adds would be lost"
+    if type(linear._parameters.get("weight")) is not nn.Parameter:
+        return f"its weight is a {type(linear.weight).__name__} and no plain parameter"
+    owners = [owner for owner in shared[id(linear.weight)] if owner != f"{name}.weight"]
+    if owners:
+        return f"its weight is shared with {owners[0]}"
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, (nn.TransformerEncoderLayer, nn.MultiheadAttention)):
+        return f"nn.{type(parent).__name__} reads its weight without calling it"
+    return None
 
 
 def shared_weights(model: nn.Module) -> dict[int, list[str]]:
