@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from kernel_pytorch.backends.base import Backend
@@ -84,6 +85,9 @@ def optimize(
     _require_calls(args, kwargs, held_out, calibration)
     # torch.compile(model) wraps what can be optimized.
     model = getattr(model, "_orig_mod", model)
+    lazy = next((name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)), None)
+    if lazy is not None:
+        raise ConfigError(f"model: found {lazy} without a shape yet; allowed a model whose lazy modules were called once")
     composed = compose([f"+recipe={name}", *overrides, *([] if measure else ["measure=off"])])
     report = Report(recipe=recipe_facts(composed))
     on_host = composed.config.memory._target_ is not None and _is_on_host(model, (args, kwargs))

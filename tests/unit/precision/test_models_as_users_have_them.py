@@ -247,6 +247,16 @@ def test_weights_of_another_quantizer_are_left_alone() -> None:
     assert "no plain parameter" in reasons(optimize(model, "precision=int8_weight_only"))["0"]
 
 
+def test_a_lazy_model_is_to_be_called_first() -> None:
+    model = nn.Sequential(nn.LazyLinear(32), nn.Linear(32, 32))
+    with pytest.raises(
+        ConfigError, match=r"model: found 0\.weight without a shape yet; allowed a model whose lazy modules were called once"
+    ):
+        optimize(model, "precision=int8_weight_only")
+    model(X)
+    assert optimize(model, "precision=int8_weight_only").report.exit_code == 0
+
+
 def test_a_model_that_is_one_linear_is_told_why_nothing_changed() -> None:
     with pytest.raises(NoEffectError, match="the model itself"):
         optimize(nn.Linear(32, 32), "precision=int8_weight_only")
