@@ -195,7 +195,7 @@ class Gates:
         computed_in = min(types, key=lambda each: rounding_floor(each).sqnr_db)
         end_to_end_db = self._noise_db(stepped_model, stepped, computed_in) if wraps else rounding_floor(computed_in).sqnr_db
         scheme = self.precision.quality if quantized or self._unchecked else QualityFloor()
-        wanted = floors(scheme, self.verify, dtype)
+        wanted = floors(scheme, self.verify, computed_in)
         if self._unchecked and not self._checks:
             self._judge_whole_step(baseline, expected, stepped, computed_in)
         return Evidence(

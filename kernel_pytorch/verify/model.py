@@ -44,13 +44,13 @@ def rounding_floor(dtype: torch.dtype) -> RoundingFloor:
 
 
 def floors(scheme: QualityFloor, verify: VerifyConfig, dtype: torch.dtype) -> dict[str, float]:
-    """The least values that count: the higher of the scheme's floor and the run's. No scheme promises more of a model than roundings
-    of the model's own type leave."""
+    """The least values that count: the higher of the scheme's floor and the run's. dtype: of a scheme that states none, the coarser
+    of what the model is and what it is computed in."""
     stated = scheme.cosine_min is not None or scheme.sqnr_db is not None
+    source = scheme if stated else rounding_floor(dtype)
     found: dict[str, float] = {}
     for name, none in (("cosine_min", -1.0), ("sqnr_db", 0.0)):
-        of_scheme, unchanged = getattr(scheme, name) if stated else math.inf, getattr(rounding_floor(dtype), name)
-        values = [value for value in (None if of_scheme is None else min(of_scheme, unchanged), getattr(verify, name)) if value is not None]
+        values = [value for value in (getattr(source, name), getattr(verify, name)) if value is not None]
         found[name] = max(values, default=none)
     if verify.top1_agreement is not None:
         found["top1_agreement"] = verify.top1_agreement

@@ -145,9 +145,9 @@ class ModuleValidator:
         if actual.shape != exact.shape:
             return ModuleCheck(change.name, float("inf"), f"the output has shape {tuple(actual.shape)}, not {tuple(exact.shape)}")
         quantized = getattr(low_module, "quantizes_activations", False)
-        # Scales are float32, and a scheme may compute in less than its input's type.
-        types = [actual.dtype, *([] if optimizer.keeps_arithmetic else [torch.float32, getattr(low_module, "dtype", None)])]
-        floor = max(*(_ROUNDING.get(dtype, 2e-6) for dtype in types if dtype is not None), _QUANTIZED_ROUNDING if quantized else 0.0)
+        # Scales are float32, in a float64 model too.
+        dtype = torch.float32 if actual.dtype is torch.float64 and not optimizer.keeps_arithmetic else actual.dtype
+        floor = max(_ROUNDING.get(dtype, 2e-6), _QUANTIZED_ROUNDING if quantized else 0.0)
         allowed = max(self.budget * relative_l2(low, exact), floor)
         error = relative_l2(actual, exact)
         ratio = error / allowed
