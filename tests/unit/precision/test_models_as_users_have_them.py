@@ -80,6 +80,26 @@ def test_a_weight_that_is_read_and_not_called_does_not_pass() -> None:
     assert optimize(model, "precision=int8_weight_only", "precision.exclude=[base]").report.exit_code == 0
 
 
+class Routed(nn.Module):
+    """Positive sums go to one expert, others to the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.experts[int(x.sum() > 0)](x)
+
+
+def test_an_expert_that_only_later_inputs_reach_is_not_taken_for_one_whose_weight_is_read() -> None:
+    calls = [((sign * X.abs(),), {}) for sign in (1.0, -1.0)]
+    overrides = ["precision=int8_weight_only"]
+    done = kp.optimize(Routed(), "eager", args=calls[0][0], held_out=calls, overrides=overrides, trained=False, measure=False)
+    assert (done.report.exit_code, row(done).changed) == (0, 2)
+    assert any("1 changed modules are never called" in warning for warning in done.report.warnings)
+
+
 # float64 models.
 @pytest.mark.parametrize("option", ["int8_weight_only", "fp8_weight_only", "fp8_dynamic", "nvfp4", "int4_weight_only", "mxfp8"])
 def test_a_float64_model_is_quantized(option: str) -> None:
