@@ -193,6 +193,14 @@ class Selection:
     unmatched: list[str] = field(default_factory=list)
 
 
+def names_of(model: nn.Module) -> dict[int, list[str]]:
+    """What each module answers to, by its id: every name that it stands under, and the names of modules that a step merged into it."""
+    found: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(id(module), list(getattr(module, "original_names", ()))).append(name)
+    return found
+
+
 def select_modules(
     model: nn.Module,
     eligible: Callable[[str, nn.Module], bool],
@@ -205,18 +213,16 @@ def select_modules(
     selects every eligible module. Raises NoEffectError for an `include` pattern that selects none:
     a pattern that matches nothing is a mistake, never a no-op.
     """
+    names = names_of(model)
     candidates: dict[str, nn.Module] = {}
-    names_of: dict[int, list[str]] = {}
+    seen: set[int] = set()
     for name, module in model.named_modules(remove_duplicate=False):
-        if name and eligible(name, module):
-            if id(module) not in names_of:
-                candidates[name] = module
-                # What a step before this one merged still answers to its own names.
-                names_of[id(module)] = list(getattr(module, "original_names", ()))
-            names_of[id(module)].append(name)
+        if name and id(module) not in seen and eligible(name, module):
+            seen.add(id(module))
+            candidates[name] = module
 
     def matches(module: nn.Module, pattern: str) -> bool:
-        return any(fnmatchcase(name, pattern) for name in names_of[id(module)])
+        return any(fnmatchcase(name, pattern) for name in names[id(module)])
 
     dead = [pattern for pattern in include if not any(matches(module, pattern) for module in candidates.values())]
     if dead:

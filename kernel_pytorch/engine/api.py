@@ -118,9 +118,8 @@ def _require_calls(args: Any, kwargs: Any, held_out: Any, calibration: Any) -> N
         return isinstance(args, (tuple, list)) and isinstance(kwargs, Mapping)
 
     if not is_call(args, kwargs or {}):
-        raise ConfigError(
-            f"args: found a {type(args).__name__}, kwargs a {type(kwargs).__name__}; allowed: a tuple and a dict, as in args=(x,)"
-        )
+        key, found = ("kwargs", kwargs) if isinstance(args, (tuple, list)) else ("args", args)
+        raise ConfigError(f"{key}: found a {type(found).__name__}; allowed: args a tuple or list, kwargs a dict, as in args=(x,)")
     for key, calls in (("held_out", held_out), ("calibration", calibration)):
         for number, call in enumerate(calls):
             if not (isinstance(call, (tuple, list)) and len(call) == 2 and is_call(*call)):

@@ -124,7 +124,7 @@ class CUDAGraphManager:
         return self.budget_bytes is None or graph.held_bytes + graph.running_bytes <= self.budget_bytes
 
     def total_bytes(self) -> int:
-        """Input buffers of all graphs, and the most that any of them needs while it runs, which they share."""
+        """Input buffers of all graphs, outputs that must be held, and the most that any of them needs while it runs, which they share."""
         graphs = [graph for _, graph in self._all()]
         running = max((graph.running_bytes for graph in graphs), default=0)
         return sum(graph.held_bytes for graph in graphs) + running

@@ -15,7 +15,7 @@ import torch
 from kernel_pytorch.kernels import expand_jit as jit
 from kernel_pytorch.kernels import skinny_w4a16, skinny_w8a16
 from kernel_pytorch.kernels.skinny_w4a16 import PAIR, TILE, Packed
-from kernel_pytorch.kernels.skinny_w8a16 import DTYPES, WORDS
+from kernel_pytorch.kernels.skinny_w8a16 import DTYPES
 
 # Rows and words of a program of 8-bit weights; pairs of chunks of one of 4-bit weights. Four warps have eight words a thread.
 BLOCK_ROWS, BLOCK_WORDS, BLOCK_PAIRS = 4, 256, 4
@@ -84,14 +84,7 @@ def eight_bits(packed: torch.Tensor, scale: torch.Tensor, in_features: int, form
 
     The weight times its scale in float32, rounded once. Tensors of a CPU and other dtypes take plain torch. Raises ValueError
     when tensors do not fit."""
-    if format not in DTYPES:
-        raise ValueError(f"expand: format must be one of {', '.join(DTYPES)}, got {format}")
-    words = -(-in_features // skinny_w8a16.GROUP) * WORDS
-    if packed.dtype != torch.int32 or packed.dim() != 2 or packed.shape[1] != words or not packed.is_contiguous():
-        shown = f"{packed.dtype} {tuple(packed.shape)}"
-        raise ValueError(f"expand: packed must be contiguous int32 [N, {words}] from skinny_w8a16.pack, got {shown}")
-    if scale.dtype != torch.float32 or scale.shape != packed.shape[:1] or not scale.is_contiguous():
-        raise ValueError(f"expand: scale must be contiguous float32 [{packed.shape[0]}], got {scale.dtype} {tuple(scale.shape)}")
+    skinny_w8a16.check(packed, in_features, format, "expand", scale)
     if packed.is_cuda and dtype in HALF:
         return _expand_w8(packed, scale, in_features, format, dtype)
     return eight_bits_reference(packed, scale, in_features, format, dtype)

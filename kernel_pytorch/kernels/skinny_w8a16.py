@@ -215,6 +215,18 @@ def _(
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
+def check(packed: torch.Tensor, in_features: int, format: str, by: str, scale: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    """Raises ValueError, in the name of `by`, when tensors are not those of a weight [N, in_features] that `pack` made."""
+    if format not in DTYPES:
+        raise ValueError(f"{by}: format must be one of {', '.join(DTYPES)}, got {format}")
+    words = -(-in_features // GROUP) * WORDS
+    if packed.dtype != torch.int32 or packed.dim() != 2 or packed.shape[1] != words or not packed.is_contiguous():
+        raise ValueError(f"{by}: packed must be int32 [N, {words}] from skinny_w8a16.pack, got {packed.dtype} {tuple(packed.shape)}")
+    for name, values in (("scale", scale), ("bias", bias)):
+        if values is not None and (values.dtype != torch.float32 or values.shape != packed.shape[:1] or not values.is_contiguous()):
+            raise ValueError(f"{by}: {name} must be contiguous float32 [{packed.shape[0]}], got {values.dtype} {tuple(values.shape)}")
+
+
 def linear(
     x: torch.Tensor,
     packed: torch.Tensor,
@@ -230,18 +242,7 @@ def linear(
     Sums in float32, scales and bias on the sum, one rounding at the end. Right for any number of rows, made for 1 to 64."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"skinny_w8a16: x must be bfloat16 or float16, got {x.dtype}")
-    if format not in DTYPES:
-        raise ValueError(f"skinny_w8a16: format must be one of {', '.join(DTYPES)}, got {format}")
-    words = -(-x.shape[-1] // GROUP) * WORDS
-    if packed.dtype != torch.int32 or packed.dim() != 2 or packed.shape[1] != words or not packed.is_contiguous():
-        raise ValueError(
-            f"skinny_w8a16: packed must be int32 [N, {words}] from skinny_w8a16.pack, got {packed.dtype} {tuple(packed.shape)}"
-        )
-    for name, values in (("scale", scale), ("bias", bias)):
-        if values is not None and (values.dtype != torch.float32 or values.shape != packed.shape[:1] or not values.is_contiguous()):
-            raise ValueError(
-                f"skinny_w8a16: {name} must be contiguous float32 [{packed.shape[0]}], got {values.dtype} {tuple(values.shape)}"
-            )
+    check(packed, x.shape[-1], format, "skinny_w8a16", scale, bias)
     if row_scale is not None:
         m = x.shape[:-1].numel()
         if row_scale.dtype != torch.float32 or row_scale.numel() != m or not row_scale.is_contiguous():

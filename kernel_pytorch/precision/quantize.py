@@ -15,7 +15,19 @@ from torch import nn
 from kernel_pytorch.backends.base import Backend
 from kernel_pytorch.errors import ConfigError, NoEffectError
 from kernel_pytorch.kernels import int8_linear
-from kernel_pytorch.optimizer import Applied, Change, Context, Level, Optimizer, Portable, Skipped, Support, replace_module, select_modules
+from kernel_pytorch.optimizer import (
+    Applied,
+    Change,
+    Context,
+    Level,
+    Optimizer,
+    Portable,
+    Skipped,
+    Support,
+    names_of,
+    replace_module,
+    select_modules,
+)
 from kernel_pytorch.precision.allocation import allocate
 from kernel_pytorch.precision.calibration import observe_ranges
 from kernel_pytorch.precision.portable import from_portable, to_portable
@@ -196,12 +208,10 @@ def assigned_formats(model: nn.Module, linears: Mapping[str, nn.Module], weight:
     rules = [(pattern, name) for pattern, _, name in (text.rpartition("=") for text in weight.assign)]
     used: set[str] = set()
     found: dict[str, str] = {}
-    names: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
+    names = names_of(model)
     for layer, module in linears.items():
         wanted: dict[str, str] = {}
-        for own in [*names.get(id(module), [layer]), *getattr(module, "original_names", ())]:
+        for own in names[id(module)]:
             rule = next((rule for rule in rules if fnmatchcase(own, rule[0])), None)
             if rule is not None:
                 used.add(rule[0])

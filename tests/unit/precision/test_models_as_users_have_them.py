@@ -255,7 +255,7 @@ def test_no_rows_are_one_of_our_errors() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"args": X[:1]}, r"args: found a Tensor, kwargs a NoneType; allowed: a tuple"),
+        ({"args": X[:1]}, r"args: found a Tensor; allowed: args a tuple or list"),
         ({"args": (X,), "calibration": [X]}, r"calibration\[0\]: found Tensor; allowed: \(args, kwargs\) of one call"),
         ({"args": (X,), "held_out": [(X,)]}, r"held_out\[0\]: found \(Tensor\); allowed"),
         ({"args": (X,), "held_out": [((X,), {}), (X, {})]}, r"held_out\[1\]: found \(Tensor, dict\); allowed"),
