@@ -11,8 +11,8 @@ from typing import Any
 from kernel_pytorch.kernels.native import cache_folder
 
 # Rows up to which a kernel for few rows is used where nobody measured the crossover: one pass over the weight, and two against a road
-# that writes the weight in 16 bits and reads it again: at 128 rows those bytes alone take 0.8 to 1.6 times what the kernels take on the
-# four Llama-3-8B layers (H200, docs/kernels.md).
+# that writes the weight in 16 bits and reads it again: at 128 rows that takes 1.1 to 1.9 times what the kernels take on the four
+# Llama-3-8B layers, and no crossover measured there is lower (H200, docs/kernels.md).
 UNKNOWN_CROSSOVER, UNKNOWN_AGAINST_EXPAND = 64, 128
 # One chip with different memory: what was measured on one serves the other until that one is measured.
 SAME_CHIP = (frozenset({"NVIDIA H100 80GB HBM3", "NVIDIA H200"}),)
