@@ -19,11 +19,14 @@ from kernel_pytorch.kernels import (
     skinny_w4a16,
     skinny_w4a16_fragment,
     skinny_w4a16_jit,
+    skinny_w4a16_wgmma,
+    skinny_w4a16_wgmma_jit,
     skinny_w8a16,
     skinny_w8a16_jit,
     split_k_jit,
 )
-from kernel_pytorch.kernels.gpu_targets import NVIDIA, GpuTarget, Toolchain
+from kernel_pytorch.kernels.gpu_targets import GpuTarget
+from kernel_pytorch.kernels.skinny_w4a16_wgmma import WarpgroupConfig
 
 Constant = bool | int | float | str
 _FOUR_BITS = {"w_ptr": "*i32", "s_ptr": "*i8", "channel_ptr": "*fp32", "bias_ptr": "*fp32"}
@@ -138,6 +141,16 @@ def four_bits(on: GpuTarget, config: skinny_w4a16.Config, *, m: int = 8, k: int 
     return _build(skinny_w4a16_fragment.tile, constants, options, types, "*fp32")
 
 
+def warpgroup_four_bits(on: GpuTarget, config: WarpgroupConfig, *, k: int = 4096, dtype: str = "bf16") -> Build:
+    """Hopper's kernel. k: in features, whole steps of 128."""
+    steps, split, even = config.steps(k)
+    constants: dict[str, Constant] = {"HAS_BIAS": True, "PARTIAL": split > 1, "EVEN": even, "HALF": dtype == "fp16", "STEPS": steps}
+    constants |= {"ROWS": config.tiles, "BLOCK_M": config.block_m, "WARPS": config.num_warps, "DEPTH": config.depth}
+    constants |= {"PARTS": config.parts, "LEFT": config.left, "OVERLAP": config.overlap}
+    types = {**_FOUR_BITS, "s_ptr": "*i32", "out_ptr": "*fp32" if split > 1 else f"*{dtype}"}
+    return _build(skinny_w4a16_wgmma_jit.multiply, constants, {"num_warps": config.num_warps}, types, f"*{dtype}")
+
+
 def portable_four_bits(on: GpuTarget, *, block_m: int = 16, dtype: str = "bf16") -> Build:
     """The kernel of the other GPUs. block_m: rows of x that a program computes."""
     constants: dict[str, Constant] = {"HAS_BIAS": True, "BLOCK_M": block_m, "ROWS": 8}
@@ -170,6 +183,12 @@ def _attend(on: GpuTarget) -> Build:
     return attend(on, config, head_dim=128, rows=4, mask="*bf16", shared=True, partial=True)
 
 
+def _four_bits(on: GpuTarget) -> Build:
+    config = skinny_w4a16.choose(8, 4096, 4096, on.gpu)
+    assert isinstance(config, skinny_w4a16.Config), "eight rows are not what warpgroups are for"
+    return four_bits(on, config)
+
+
 def _vector(on: GpuTarget, format: str) -> Build:
     overlap = "late" if on.gpu.dependent_launch else "none"
     return eight_bits(on, skinny_w8a16.Config(4, 1024, 0, 1, num_warps=2, num_stages=1, overlap=overlap), format=format)
@@ -177,10 +196,10 @@ def _vector(on: GpuTarget, format: str) -> Build:
 
 @dataclass(frozen=True)
 class Kernel:
-    """build: for a target, as a Llama-3-8B layer at decode launches it. only: the one vendor whose GPUs run it, None for all."""
+    """build: for a target, as a Llama-3-8B layer at decode launches it. runs: whether the target's GPUs run it."""
 
     build: Callable[[GpuTarget], Build]
-    only: Toolchain | None = None
+    runs: Callable[[GpuTarget], bool] = lambda on: True
 
 
 # By module and function.
@@ -192,7 +211,10 @@ KERNELS: dict[str, Kernel] = {
     "row_quant.quantize": Kernel(lambda on: quantized_rows(on, row_quant_jit.quantize, format="int8")),
     "row_quant.rms_norm": Kernel(lambda on: quantized_rows(on, row_quant_jit.rms_norm, format="float8_e4m3fn")),
     "row_quant.swiglu": Kernel(lambda on: quantized_rows(on, row_quant_jit.swiglu, format="float8_e4m3fnuz", k=14336)),
-    "skinny_w4a16_fragment.tile": Kernel(lambda on: four_bits(on, skinny_w4a16.choose(8, 4096, 4096, on.gpu)), only=NVIDIA),
+    "skinny_w4a16_fragment.tile": Kernel(_four_bits, runs=lambda on: on.cuda),
+    "skinny_w4a16_wgmma.multiply": Kernel(
+        lambda on: warpgroup_four_bits(on, skinny_w4a16_wgmma.choose(64, 28672, 4096, on.gpu)), runs=lambda on: on.gpu.warpgroups
+    ),
     "skinny_w4a16.tile": Kernel(portable_four_bits),
     "skinny_w8a16.matrix": Kernel(lambda on: eight_bits(on, skinny_w8a16.choose(64, 28672, 4096, on.gpu), format="float8_e4m3fn")),
     "skinny_w8a16.vector": Kernel(lambda on: _vector(on, "float8_e4m3fn")),
@@ -202,4 +224,4 @@ KERNELS: dict[str, Kernel] = {
 
 def builds_for(target: GpuTarget) -> dict[str, Build]:
     """Every kernel that the target's GPUs run, by name."""
-    return {name: kernel.build(target) for name, kernel in KERNELS.items() if kernel.only in (None, target.toolchain)}
+    return {name: kernel.build(target) for name, kernel in KERNELS.items() if kernel.runs(target)}

@@ -12,7 +12,7 @@ import torch
 class Device:
     """name: as `torch.cuda.get_device_name` says. shared: bytes of shared memory one program may take. dependent_launch:
     programmatic dependent launch exists. convert_fp8: instructions convert between float8 and wider formats. mma: NVIDIA's
-    m16n8k16 matrix instruction exists for both 16-bit formats."""
+    m16n8k16 matrix instruction exists for both 16-bit formats. warpgroups: Hopper's matrix instruction of four warps exists."""
 
     name: str
     processors: int
@@ -20,6 +20,7 @@ class Device:
     dependent_launch: bool = False
     convert_fp8: bool = False
     mma: bool = False
+    warpgroups: bool = False
 
 
 @functools.cache
@@ -31,5 +32,11 @@ def device(index: int | None) -> Device:
     cuda, arch = torch.version.hip is None, (facts.major, facts.minor)
     shared = getattr(facts, "shared_memory_per_block_optin", 65536)
     return Device(
-        facts.name, facts.multi_processor_count, shared, cuda and arch >= (9, 0), cuda and arch >= (8, 9), cuda and arch >= (8, 0)
+        facts.name,
+        facts.multi_processor_count,
+        shared,
+        dependent_launch=cuda and arch >= (9, 0),
+        convert_fp8=cuda and arch >= (8, 9),
+        mma=cuda and arch >= (8, 0),
+        warpgroups=cuda and arch == (9, 0),
     )

@@ -49,7 +49,8 @@ class GpuTarget:
 def _nvidia(arch: int, processors: int, shared: int, *, newer: bool, source: str) -> GpuTarget:
     """newer: has the launch that overlaps the kernel before it, and FP8 conversions."""
     name = f"sm_{arch}"
-    return GpuTarget(name, NVIDIA, arch, 32, arch, "mma", Device(name, processors, shared, newer, newer, mma=True), source)
+    device = Device(name, processors, shared, newer, newer, mma=True, warpgroups=arch == 90)
+    return GpuTarget(name, NVIDIA, arch, 32, arch, "mma", device, source)
 
 
 def _amd(name: str, elf_arch: int, processors: int, shared: int, *, source: str) -> GpuTarget:

@@ -17,8 +17,10 @@ import torch
 from torch.nn import functional as F
 
 from kernel_pytorch.kernels import skinny_w4a16_jit as jit
+from kernel_pytorch.kernels import skinny_w4a16_wgmma as wgmma
 from kernel_pytorch.kernels import split_k_jit, tables
 from kernel_pytorch.kernels.device import Device, device
+from kernel_pytorch.kernels.skinny_w4a16_wgmma import WarpgroupConfig
 
 try:
     from kernel_pytorch.kernels import skinny_w4a16_fragment as fragment
@@ -29,6 +31,7 @@ except ImportError:
 # (M, N, K) that tests and the benchmark share: Llama-3-8B's decode linears, then widths that no tile divides, one row, no rows.
 LLAMA = tuple((n, k) for n, k in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)))
 ROWS = (1, 2, 4, 8, 16, 32, 64)
+TUNED_ROWS = (*ROWS, 128)
 SHAPES = (*((m, n, k) for n, k in LLAMA for m in ROWS), (7, 130, 200), (33, 257, 1000), (1, 1, 1), (65, 96, 4100), (0, 64, 64))
 
 KERNEL = "skinny_w4a16"
@@ -201,9 +204,10 @@ def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
 
 
 @functools.cache
-def tuned(gpu: str) -> dict[tuple[int, int, int], Config]:
-    """(N, K, M) -> Config that measurement chose on that GPU, by `torch.cuda.get_device_name`; empty where nobody measured."""
-    return {key: Config(**config) for key, config in tables.load(KERNEL, gpu)["configs"].items()}
+def tuned(gpu: str) -> dict[tuple[int, int, int], Config | WarpgroupConfig]:
+    """(N, K, M) -> what measurement chose on that GPU, by `torch.cuda.get_device_name`; empty where nobody measured."""
+    configs = tables.load(KERNEL, gpu)["configs"].items()
+    return {key: WarpgroupConfig(**config) if "block_m" in config else Config(**config) for key, config in configs}
 
 
 def crossover(n: int, k: int, on: torch.device) -> int:
@@ -216,12 +220,15 @@ def groups(m: int) -> int:
     return next((c for c in (1, 2) if m <= 8 * c), MAX_ROWS // 8)
 
 
-def choose(m: int, n: int, k: int, on: Device) -> Config:
-    """The measured configuration for this layer on this GPU at the next M that was measured, else a rule drawn from measured ones."""
+def choose(m: int, n: int, k: int, on: Device) -> Config | WarpgroupConfig:
+    """The measured configuration for this layer on this GPU at the next M that was measured, the last one above it, else a rule drawn
+    from measured ones."""
     table = tuned(on.name)
-    for rows in ROWS:
-        if min(m, ROWS[-1]) <= rows and (n, k, rows) in table:
-            return table[n, k, rows]
+    known = [rows for rows in TUNED_ROWS if isinstance(table.get((n, k, rows)), Config) or ((n, k, rows) in table and wgmma.runs(on))]
+    if known:
+        return table[n, k, next((rows for rows in known if m <= rows), known[-1])]
+    if wgmma.suits(m, n, on):
+        return wgmma.choose(m, n, k, on)
     # Four warps side by side share what they read of x; K is split until each processor holds about six programs.
     wide = groups(m)
     tiles = 1 if wide < 4 else 2
@@ -237,7 +244,9 @@ def runnable(config: Config, on: Device) -> Config:
     return replace(config, overlap=config.overlap and on.dependent_launch, cluster=config.cluster and clusters and config.split > 1)
 
 
-def launch(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, config: Config, out: torch.Tensor | None = None) -> torch.Tensor:
+def launch(
+    x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, config: Config | WarpgroupConfig, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """The operator on x [M, K] contiguous with this configuration, into out [M, N] where given."""
     m, k = x.shape
     n, tiles, pairs = packed.channel.shape[0], packed.words.shape[0], packed.words.shape[1] // WORDS_A_PAIR
@@ -256,6 +265,8 @@ def launch(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, config: C
         x = F.pad(x, (0, -k % PAIR))
     elif x.data_ptr() % 16:
         x = x.clone()
+    if isinstance(config, WarpgroupConfig):
+        return wgmma.launch(x, *packed, bias, config, out)
     config = runnable(config, device(x.device.index))
     (steps, split, even), (depth, depth_x) = config.steps(k), config.ahead(k)
     programs = split if config.cluster else 1

@@ -22,15 +22,15 @@ from triton.experimental.gluon import language as gl
 CLUSTERS = "cga_layout" in gl.BlockedLayout.__dataclass_fields__
 # A half word holds four values: sign and magnitude at bits 15, 8-6; 9, 2-0; 10, 5-3; 14, 13-11. In the wider format's fields the
 # exponent bias is off by 126 (bf16) or 14 (f16).
-_SIGNS = "0x80008000"
-_BF16 = (
+SIGNS = "0x80008000"
+BF16 = (
     "and.b32 a, {w}, 0x81c081c0;\n",
     "shl.b32 a, {w}, 6;\nand.b32 a, a, 0x81c081c0;\n",
-    "shl.b32 a, {w}, 3;\nshl.b32 b, {w}, 5;\nand.b32 a, a, 0x01c001c0;\nlop3.b32 a, b, " + _SIGNS + ", a, 0xea;\n",
-    "shr.u32 a, {w}, 5;\nshl.b32 b, {w}, 1;\nand.b32 a, a, 0x01c001c0;\nlop3.b32 a, b, " + _SIGNS + ", a, 0xea;\n",
+    "shl.b32 a, {w}, 3;\nshl.b32 b, {w}, 5;\nand.b32 a, a, 0x01c001c0;\nlop3.b32 a, b, " + SIGNS + ", a, 0xea;\n",
+    "shr.u32 a, {w}, 5;\nshl.b32 b, {w}, 1;\nand.b32 a, a, 0x01c001c0;\nlop3.b32 a, b, " + SIGNS + ", a, 0xea;\n",
 )
-_F16 = tuple(
-    f"{magnitude} a, {{w}}, {by};\nshl.b32 b, {{w}}, {sign};\nand.b32 a, a, 0x0e000e00;\nlop3.b32 a, b, {_SIGNS}, a, 0xea;\n"
+F16 = tuple(
+    f"{magnitude} a, {{w}}, {by};\nshl.b32 b, {{w}}, {sign};\nand.b32 a, a, 0x0e000e00;\nlop3.b32 a, b, {SIGNS}, a, 0xea;\n"
     for magnitude, by, sign in (("shl.b32", 3, 0), ("shl.b32", 9, 6), ("shl.b32", 6, 5), ("shr.u32", 2, 1))
 )
 
@@ -39,7 +39,7 @@ def _unpack(chunk: int, half: bool) -> gl.constexpr:
     """$0 to $15: four operands of mma; $16 to $19: their words; $20: scale bytes of rows g and g + 8, for this chunk and the other.
 
     A scale byte has its exponent's upper four bits below and the rest above, so that two copies of it hold the 16-bit float's fields."""
-    lines = ["{", ".reg .b32 s0, s1, a, b, z;", f"mov.b32 z, {_SIGNS};"]
+    lines = ["{", ".reg .b32 s0, s1, a, b, z;", f"mov.b32 z, {SIGNS};"]
     for row in range(2):
         byte = str(2 * chunk + row) * 4
         lines += [f"prmt.b32 s{row}, $20, $20, 0x{byte};"]
@@ -47,7 +47,7 @@ def _unpack(chunk: int, half: bool) -> gl.constexpr:
         lines += [f"and.b32 s{row}, s{row}, {'0x7f807f80' if half else '0x0ff00ff0'};"]
         lines += [] if half else [f"or.b32 s{row}, s{row}, 0x70007000;"]
     for j in range(4):
-        for part, body in enumerate(_F16 if half else _BF16):
+        for part, body in enumerate(F16 if half else BF16):
             # sm_80 multiplies bf16 pairs only in a sum; adding -0 keeps the sign of a zero.
             multiply = "mul.rn.f16x2 ${o}, a, s{r};" if half else "fma.rn.bf16x2 ${o}, a, s{r}, z;"
             lines += [body.format(w=f"${16 + j}"), multiply.format(o=4 * j + part, r=part % 2)]

@@ -9,18 +9,45 @@ import torch
 
 from kernel_pytorch.kernels import expand
 from kernel_pytorch.kernels import skinny_w4a16 as op
+from kernel_pytorch.kernels import skinny_w4a16_wgmma as wgmma
 from kernel_pytorch.kernels.skinny_w4a16 import Config
+from kernel_pytorch.kernels.skinny_w4a16_wgmma import WarpgroupConfig
 from kernel_pytorch.kernels.tune import Space
 
 Stored = tuple[torch.Tensor, ...]
 
 
-def candidates(m: int, n: int, k: int, device: torch.device) -> list[Config]:
+# Rows of x from which products of warpgroups were faster anywhere.
+LEAST_WARPGROUP_ROWS = 16
+
+
+def _warpgroups(m: int, n: int, k: int, on: op.Device) -> list[WarpgroupConfig]:
+    rows = wgmma.block_m(m)
+    return [
+        WarpgroupConfig(tiles, warps, block_m, depth, parts, left, split, on.dependent_launch)
+        for parts, left in ((1, 1), (4, 3), (2, 1), (4, 1))
+        for block_m in (rows, 64)[: 1 + (rows > 64)]
+        for tiles, warps in ((2, 8), (1, 8), (2, 4), (1, 4))
+        for depth in (1, 2)
+        for split in (1, 2, 4, 8)
+        # A warp's sums take registers of its own.
+        if tiles * block_m <= 32 * warps
+        and on.processors <= 2 * (-(-n // (op.TILE * tiles * warps)) * split * -(-m // block_m)) <= 16 * on.processors
+        and k >= 2 * split * wgmma.STEP
+    ]
+
+
+def candidates(m: int, n: int, k: int, device: torch.device) -> list[Config | WarpgroupConfig]:
     on = op.device(device.index)
+    wider = _warpgroups(m, n, k, on) if m >= LEAST_WARPGROUP_ROWS and wgmma.runs(on) else []
+    return list(dict.fromkeys([op.choose(m, n, k, on), *wider, *_fragments(m, n, k, on)]))
+
+
+def _fragments(m: int, n: int, k: int, on: op.Device) -> list[Config]:
     pairs, tiles, wide = -(-k // op.PAIR), -(-n // op.TILE), op.groups(m)
     # Programs that share K meet in a cluster where there are any, or a second kernel sums: either was measured faster somewhere.
     clusters = op.runnable(Config(1, 4, 4, 1, split=2, cluster=True), on).cluster
-    found = [
+    return [
         Config(rows, warps, warps_n, depth, 1 if wide == 1 else 0, split, registers, on.dependent_launch, cluster)
         for rows, warps, warps_n in (
             (1, 4, 1),
@@ -49,10 +76,11 @@ def candidates(m: int, n: int, k: int, device: torch.device) -> list[Config]:
         and (warps_n == 1) <= (wide <= 2)
         and on.processors <= tiles // (rows * warps_n) * split <= (8 if split > 1 else 16) * on.processors
     ]
-    return list(dict.fromkeys([op.choose(m, n, k, on), *found]))
 
 
-def neighbours(config: Config, m: int, n: int, k: int, device: torch.device) -> list[Config]:
+def neighbours(config: Config | WarpgroupConfig, m: int, n: int, k: int, device: torch.device) -> list[Config | WarpgroupConfig]:
+    if isinstance(config, WarpgroupConfig):
+        return [replace(config, depth=depth) for depth in (config.depth - 1, config.depth + 1) if depth >= 1]
     steps = config.steps(k)[0]
     found = [replace(config, depth=depth) for depth in (config.depth - 1, config.depth + 1) if 1 <= depth <= steps]
     found += [replace(config, depth_x=depth) for depth in (config.depth_x - 1, config.depth_x + 1) if 0 <= depth < steps]
@@ -60,8 +88,10 @@ def neighbours(config: Config, m: int, n: int, k: int, device: torch.device) -> 
     return [*found, replace(config, loop=not config.loop)]
 
 
-def variant(config: Config, m: int, n: int, k: int) -> Hashable:
+def variant(config: Config | WarpgroupConfig, m: int, n: int, k: int) -> Hashable:
     steps, split, even = config.steps(k)
+    if isinstance(config, WarpgroupConfig):
+        return replace(config, split=min(split, 2)), steps, even
     return op.groups(m), replace(config, split=split if config.cluster else min(split, 2)), steps, even
 
 
@@ -74,7 +104,7 @@ def store(weight: torch.Tensor) -> Stored:
     return op.pack(codes, scale, "nvfp4", torch.tensor(0.01, device=weight.device))
 
 
-def launch(x: torch.Tensor, stored: Stored, config: Config) -> torch.Tensor:
+def launch(x: torch.Tensor, stored: Stored, config: Config | WarpgroupConfig) -> torch.Tensor:
     return op.launch(x, op.Packed(*stored), None, config)
 
 

@@ -20,7 +20,7 @@ from kernel_pytorch.kernels.device import Device, device
 
 # (M, N, K) that tests and the benchmark share: Llama-3-8B's decode linears, then widths that no tile divides, one row, no rows.
 LLAMA = tuple((n, k) for n, k in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)))
-ROWS = (1, 2, 4, 8, 16, 32, 64)
+ROWS = TUNED_ROWS = (1, 2, 4, 8, 16, 32, 64)
 SHAPES = (*((m, n, k) for n, k in LLAMA for m in ROWS), (7, 130, 200), (33, 257, 1000), (1, 1, 1), (65, 96, 4100), (0, 64, 64))
 
 DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}

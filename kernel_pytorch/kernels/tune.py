@@ -283,7 +283,7 @@ def measured(kernel: str, layers: Sequence[tuple[int, int]], seconds: float, say
     its configurations are found, and again with the crossovers.
 
     seconds: of the search; the crossovers come after it, about five seconds a layer. Raises CompilationError where nothing is right."""
-    rows = importlib.import_module(f"kernel_pytorch.kernels.{kernel}").ROWS
+    rows = importlib.import_module(f"kernel_pytorch.kernels.{kernel}").TUNED_ROWS
     with compile_pool() as pool:
         search = Search(kernel, [(n, k, m) for n, k in layers for m in rows], seconds, pool, say)
         results = search.run()

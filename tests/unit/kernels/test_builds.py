@@ -16,7 +16,13 @@ from kernel_pytorch.kernels import split_k_jit
 from kernel_pytorch.kernels.builds import KERNELS, Build, builds_for
 from kernel_pytorch.kernels.gpu_targets import AMD, GPU_TARGETS, NVIDIA
 
-WITH_MATRIX_PRODUCTS = ("decode_attention.attend", "skinny_w4a16_fragment.tile", "skinny_w4a16.tile", "skinny_w8a16.matrix")
+WITH_MATRIX_PRODUCTS = (
+    "decode_attention.attend",
+    "skinny_w4a16_fragment.tile",
+    "skinny_w4a16_wgmma.multiply",
+    "skinny_w4a16.tile",
+    "skinny_w8a16.matrix",
+)
 # That of GPUs that are not NVIDIA's, and those of many rows: what comes before takes long, and after.
 WITHOUT_OVERLAP = ("skinny_w4a16.tile", "expand.eight_bits", "expand.four_bits")
 PAIRS = [(target, kernel) for target in GPU_TARGETS for kernel in builds_for(GPU_TARGETS[target])]
@@ -42,10 +48,11 @@ def launched_kernels() -> set[str]:
 def test_no_kernel_is_missing_and_five_targets_are_listed():
     assert set(KERNELS) == launched_kernels()
     assert list(GPU_TARGETS) == ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"]
-    for_nvidia = [name for name, kernel in KERNELS.items() if kernel.only is NVIDIA]
-    assert len(PAIRS) == 5 * len(KERNELS) - 2 * len(for_nvidia)
-    assert for_nvidia == ["skinny_w4a16_fragment.tile"]
-    assert len(PAIRS) >= 48
+    everywhere = set.intersection(*(set(builds_for(on)) for on in GPU_TARGETS.values()))
+    assert set(KERNELS) - everywhere == {"skinny_w4a16_fragment.tile", "skinny_w4a16_wgmma.multiply"}
+    assert [target for target, kernel in PAIRS if kernel == "skinny_w4a16_fragment.tile"] == ["sm_80", "sm_90", "sm_100"]
+    assert [target for target, kernel in PAIRS if kernel == "skinny_w4a16_wgmma.multiply"] == ["sm_90"]
+    assert len(PAIRS) == 5 * len(everywhere) + 4 >= 59
 
 
 @pytest.mark.parametrize(("target", "kernel"), PAIRS, ids=lambda value: value)
