@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 
@@ -17,18 +18,17 @@ from kernel_pytorch.kernels.tune import Space
 Stored = tuple[torch.Tensor, ...]
 
 
-# Rows of x from which products of warpgroups were faster anywhere.
+# Rows of x from which products of warpgroups were faster on some layer.
 LEAST_WARPGROUP_ROWS = 16
 
 
 def _warpgroups(m: int, n: int, k: int, on: op.Device) -> list[WarpgroupConfig]:
     rows = wgmma.block_m(m)
     return [
-        WarpgroupConfig(tiles, warps, block_m, depth, parts, left, split, on.dependent_launch)
+        WarpgroupConfig(tiles, warps, block_m, 1, parts, left, split, on.dependent_launch)
         for parts, left in ((1, 1), (4, 3), (2, 1), (4, 1))
         for block_m in (rows, 64)[: 1 + (rows > 64)]
         for tiles, warps in ((2, 8), (1, 8), (2, 4), (1, 4))
-        for depth in (1, 2)
         for split in (1, 2, 4, 8)
         # A warp's sums take registers of its own.
         if tiles * block_m <= 32 * warps
@@ -40,7 +40,9 @@ def _warpgroups(m: int, n: int, k: int, on: op.Device) -> list[WarpgroupConfig]:
 def candidates(m: int, n: int, k: int, device: torch.device) -> list[Config | WarpgroupConfig]:
     on = op.device(device.index)
     wider = _warpgroups(m, n, k, on) if m >= LEAST_WARPGROUP_ROWS and wgmma.runs(on) else []
-    return list(dict.fromkeys([op.choose(m, n, k, on), *wider, *_fragments(m, n, k, on)]))
+    # In turn: where time ends early, either kernel has its first ones.
+    both = itertools.chain.from_iterable(itertools.zip_longest(wider, _fragments(m, n, k, on)))
+    return list(dict.fromkeys([op.choose(m, n, k, on), *filter(None, both)]))
 
 
 def _fragments(m: int, n: int, k: int, on: op.Device) -> list[Config]:

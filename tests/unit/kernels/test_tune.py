@@ -15,6 +15,7 @@ from kernel_pytorch.kernels import skinny_w4a16, tune
 from kernel_pytorch.kernels import skinny_w4a16_space as spaces4
 from kernel_pytorch.kernels import skinny_w8a16 as op
 from kernel_pytorch.kernels import skinny_w8a16_space as spaces
+from kernel_pytorch.kernels.skinny_w4a16_wgmma import WarpgroupConfig
 from kernel_pytorch.precision.storage import STORAGES
 
 CPU = torch.device("cpu")
@@ -151,6 +152,23 @@ def test_the_space_of_8_bit_weights_begins_with_the_configuration_in_use(m, n, k
     # Above one row there is no kernel without the matrix unit.
     assert m == 1 or all(config.slices for config in found)
     assert spaces.neighbours(found[-1], m, n, k, CPU)
+
+
+def test_warpgroups_are_searched_where_they_run_and_are_worth_it(monkeypatch):
+    hopper, gpu = replace(H200, mma=True, warpgroups=True), torch.device("cuda", 0)
+    monkeypatch.setattr(skinny_w4a16, "device", lambda index: hopper)
+    for m in (8, 16, 128):
+        found = spaces4.candidates(m, 4096, 4096, gpu)
+        kinds = [type(config) for config in found]
+        assert (WarpgroupConfig in kinds) == (m >= 16)
+        assert found[0] == skinny_w4a16.choose(m, 4096, 4096, hopper)
+        assert len(found) == len(set(found))
+    wide = [config for config in found if isinstance(config, WarpgroupConfig)]
+    assert {config.block_m for config in wide} == {64, 128}
+    # As kernels of one code: K is all of their own steps, and whether a second kernel sums.
+    two, four = (WarpgroupConfig(1, 8, 64, split=split) for split in (2, 4))
+    assert spaces4.variant(two, 64, 4096, 4096) != spaces4.variant(four, 64, 4096, 4096) == spaces4.variant(four, 64, 6144, 4096)
+    assert spaces4.neighbours(two, 64, 4096, 4096, gpu) == [replace(two, depth=2)]
 
 
 def test_code_is_shared_between_shapes_that_no_tile_cuts():
