@@ -53,9 +53,8 @@ def decode(name: str, arms: tuple[str, ...]) -> list[str]:
 def table() -> str:
     lines = minilm()
     ours = ("ours fp8 + attention *", "ours nvfp4 + attention *")
-    lines += decode("h200_decode_batch1", ("bf16", "torchao int4 *", *ours))
+    lines += decode("h200_decode_batch1", ("bf16", "torchao fp8wo", "torchao int4 *", "gemlite fp8 *", *ours))
     lines += decode("h200_decode_batch8", ("bf16", "torchao fp8dq", "gemlite fp8 *", *ours))
-    lines += decode("h100_decode_batch1", ("bf16", "torchao int4 *", "gemlite fp8 *", *ours))
     return HEAD + "\n".join(lines) + "\n"
 
 
