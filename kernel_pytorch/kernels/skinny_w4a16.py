@@ -221,12 +221,13 @@ def groups(m: int) -> int:
 
 
 def choose(m: int, n: int, k: int, on: Device) -> Config | WarpgroupConfig:
-    """The measured configuration for this layer on this GPU at the next M that was measured, the last one above it, else a rule drawn
-    from measured ones."""
+    """The measured configuration for this layer on this GPU at the next M that was measured, the last one above it where it computes
+    as many rows of x in a program, else a rule drawn from measured ones."""
     table = tuned(on.name)
     known = [rows for rows in TUNED_ROWS if isinstance(table.get((n, k, rows)), Config) or ((n, k, rows) in table and wgmma.runs(on))]
-    if known:
-        return table[n, k, next((rows for rows in known if m <= rows), known[-1])]
+    rows = next((rows for rows in known if m <= rows), known[-1] if known else 0)
+    if rows and (m <= rows or groups(m) == groups(rows)):
+        return table[n, k, rows]
     if wgmma.suits(m, n, on):
         return wgmma.choose(m, n, k, on)
     # Four warps side by side share what they read of x; K is split until each processor holds about six programs.

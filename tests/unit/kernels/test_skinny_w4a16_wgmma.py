@@ -52,6 +52,14 @@ def test_a_measured_configuration_serves_where_it_runs():
         assert type(table[n, k, 32]) is op.Config
 
 
+def test_a_configuration_measured_for_fewer_columns_does_not_serve_more():
+    """Without the instruction an H200's last row of 28672 x 4096 is that of M = 8, whose registers do not hold the sums of 32 rows."""
+    h200 = replace(HOPPER, name="NVIDIA H200", warpgroups=False)
+    assert op.choose(5, 28672, 4096, h200) == op.tuned("NVIDIA H200")[28672, 4096, 8]
+    for m in (9, 16, 32, 64, 300):
+        assert op.choose(m, 28672, 4096, h200) == op.choose(m, 28672, 4096, OLDER)
+
+
 def test_the_rule_fills_the_processors():
     for m, n, k in ((64, 28672, 4096), (64, 4096, 4096), (128, 2048, 14336), (40, 6144, 4096), (500, 4096, 256)):
         config = wgmma.choose(m, n, k, HOPPER)
