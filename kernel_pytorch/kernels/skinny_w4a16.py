@@ -211,8 +211,12 @@ def tuned(gpu: str) -> dict[tuple[int, int, int], Config | WarpgroupConfig]:
 
 
 def crossover(n: int, k: int, on: torch.device) -> int:
-    """The most rows at which this kernel was measured no slower than expanding the weight on that GPU; 128 where nobody measured."""
-    return tables.crossover(KERNEL, n, k, device(on.index).name, "expand")
+    """The most rows at which this kernel was measured no slower than expanding the weight on that GPU; 128 where nobody measured, and at
+    most 128 where it was measured with configurations of warpgroups and they do not run."""
+    here = device(on.index)
+    measured, table = tables.crossover(KERNEL, n, k, here.name, "expand"), tuned(here.name)
+    without = not wgmma.runs(here) and any(isinstance(table.get((n, k, rows)), WarpgroupConfig) for rows in TUNED_ROWS)
+    return min(measured, tables.UNKNOWN_AGAINST_EXPAND) if without else measured
 
 
 def groups(m: int) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 
 from kernel_pytorch.kernels import split_k_jit
 from kernel_pytorch.kernels.device import Device
@@ -16,8 +17,11 @@ from kernel_pytorch.kernels.device import Device
 try:
     from kernel_pytorch.kernels import skinny_w4a16_wgmma_jit as jit
 except (ImportError, AttributeError):
-    # Gluon says what the kernel needs from Triton 3.6 on.
+    # Gluon is part of Triton from 3.5 on.
     jit = None
+
+# Triton 3.5 compiles the kernel too, but what it makes never ran on a GPU.
+LEAST_TRITON = (3, 6)
 
 STEP, TILE = 128, 16
 BLOCK_M = (16, 32, 64, 128)
@@ -57,8 +61,8 @@ class WarpgroupConfig:
 
 
 def runs(on: Device) -> bool:
-    """Whether the GPU has the instruction, which is sm_90's alone, and this Triton can say it."""
-    return jit is not None and on.warpgroups
+    """Whether the GPU has the instruction, which is sm_90's alone, and this Triton is one that the kernel was measured with or newer."""
+    return on.warpgroups and jit is not None and tuple(int(part) for part in triton.__version__.split(".")[:2]) >= LEAST_TRITON
 
 
 def block_m(m: int) -> int:

@@ -6,6 +6,8 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
+import triton
 
 from kernel_pytorch.backends.kernel_compiler import compiler_for
 from kernel_pytorch.kernels import builds
@@ -58,6 +60,31 @@ def test_a_configuration_measured_for_fewer_columns_does_not_serve_more():
     assert op.choose(5, 28672, 4096, h200) == op.tuned("NVIDIA H200")[28672, 4096, 8]
     for m in (9, 16, 32, 64, 300):
         assert op.choose(m, 28672, 4096, h200) == op.choose(m, 28672, 4096, OLDER)
+
+
+@pytest.mark.parametrize("missing", ["instruction", "triton"])
+def test_a_crossover_of_warpgroups_counts_only_where_they_run(missing, monkeypatch):
+    """Measured with them it is 384 rows here; without them it was 128 on all four layers."""
+    monkeypatch.setattr(op, "device", lambda index: replace(HOPPER, name="NVIDIA H200"))
+    assert op.crossover(28672, 4096, torch.device("cuda", 0)) == 384
+    if missing == "triton":
+        # Its Gluon has all the names, and compiles the kernel; nobody ran what it makes.
+        monkeypatch.setattr(triton, "__version__", "3.5.1")
+    else:
+        monkeypatch.setattr(op, "device", lambda index: replace(HOPPER, name="NVIDIA H200", warpgroups=False))
+    assert op.crossover(28672, 4096, torch.device("cuda", 0)) == 128
+    # No warpgroups in what was measured, or nothing measured.
+    monkeypatch.setattr(op, "tuned", lambda gpu: {})
+    assert op.crossover(28672, 4096, torch.device("cuda", 0)) == 384
+    assert op.crossover(28672, 4097, torch.device("cuda", 0)) == 128
+
+
+def test_an_older_triton_does_not_run_it(monkeypatch):
+    for version, runs in (("3.5.1", False), ("3.6.0", True), ("3.10.0+git1", True), ("4.0.0", True)):
+        monkeypatch.setattr(triton, "__version__", version)
+        assert wgmma.runs(HOPPER) == runs
+    monkeypatch.setattr(wgmma, "jit", None)
+    assert not wgmma.runs(HOPPER)
 
 
 def test_the_rule_fills_the_processors():
