@@ -145,7 +145,7 @@ def warpgroup_four_bits(on: GpuTarget, config: WarpgroupConfig, *, k: int = 4096
     """Hopper's kernel. k: in features, whole steps of 128."""
     steps, split, even = config.steps(k)
     constants: dict[str, Constant] = {"HAS_BIAS": True, "PARTIAL": split > 1, "EVEN": even, "HALF": dtype == "fp16", "STEPS": steps}
-    constants |= {"ROWS": config.tiles, "BLOCK_M": config.block_m, "WARPS": config.num_warps, "DEPTH": config.depth}
+    constants |= {"ROWS": config.tiles, "BLOCK_M": config.block_m, "WARPS": config.num_warps, "DEPTH": config.ahead(k)}
     constants |= {"PARTS": config.parts, "LEFT": config.left, "OVERLAP": config.overlap}
     types = {**_FOUR_BITS, "s_ptr": "*i32", "out_ptr": "*fp32" if split > 1 else f"*{dtype}"}
     return _build(skinny_w4a16_wgmma_jit.multiply, constants, {"num_warps": config.num_warps}, types, f"*{dtype}")

@@ -82,7 +82,7 @@ def _fragments(m: int, n: int, k: int, on: op.Device) -> list[Config]:
 
 def neighbours(config: Config | WarpgroupConfig, m: int, n: int, k: int, device: torch.device) -> list[Config | WarpgroupConfig]:
     if isinstance(config, WarpgroupConfig):
-        return [replace(config, depth=depth) for depth in (config.depth - 1, config.depth + 1) if depth >= 1]
+        return [replace(config, depth=depth) for depth in (config.depth - 1, config.depth + 1) if 1 <= depth <= config.steps(k)[0]]
     steps = config.steps(k)[0]
     found = [replace(config, depth=depth) for depth in (config.depth - 1, config.depth + 1) if 1 <= depth <= steps]
     found += [replace(config, depth_x=depth) for depth in (config.depth_x - 1, config.depth_x + 1) if 0 <= depth < steps]

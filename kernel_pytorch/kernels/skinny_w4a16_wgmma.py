@@ -59,6 +59,10 @@ class WarpgroupConfig:
         split = -(-total // steps)
         return steps, split, total == steps * split
 
+    def ahead(self, k: int) -> int:
+        """Steps whose weights are asked for ahead, no more than there are."""
+        return min(self.depth, self.steps(k)[0])
+
 
 def runs(on: Device) -> bool:
     """Whether the GPU has the instruction, which is sm_90's alone, and this Triton is one that the kernel was measured with or newer."""
@@ -132,7 +136,7 @@ def launch(
         ROWS=config.tiles,
         BLOCK_M=config.block_m,
         WARPS=config.num_warps,
-        DEPTH=config.depth,
+        DEPTH=config.ahead(k),
         PARTS=config.parts,
         LEFT=config.left,
         OVERLAP=config.overlap,

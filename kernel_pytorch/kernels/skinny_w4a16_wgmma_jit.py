@@ -186,8 +186,8 @@ def multiply(
     OVERLAP: gl.constexpr,
 ):
     """s_ptr: int32, four scale bytes each. STEPS: of a program, an even number. ROWS: tiles of 16 rows a warp, 1 or 2. DEPTH: steps
-    whose weights are asked for ahead. PARTS: products of a step and 16 W rows, 1, 2 or 4. LEFT: of them may run while the next operand
-    is unpacked, no more than ROWS times PARTS and, above two parts, a step's less one part. EVEN: every program has STEPS pairs."""
+    whose weights are asked for ahead, no more than STEPS. PARTS: products of a step and 16 W rows, 1, 2 or 4. LEFT: of them may run while
+    the next operand is unpacked, no more than ROWS times PARTS, with four parts ROWS times three. EVEN: every program has STEPS pairs."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     X: gl.constexpr = _x_lanes(BLOCK_M, WARPS)

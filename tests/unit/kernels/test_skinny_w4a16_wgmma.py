@@ -12,6 +12,7 @@ import triton
 from kernel_pytorch.backends.kernel_compiler import compiler_for
 from kernel_pytorch.kernels import builds
 from kernel_pytorch.kernels import skinny_w4a16 as op
+from kernel_pytorch.kernels import skinny_w4a16_space as space
 from kernel_pytorch.kernels import skinny_w4a16_wgmma as wgmma
 from kernel_pytorch.kernels.gpu_targets import GPU_TARGETS
 from kernel_pytorch.kernels.skinny_w4a16_wgmma import WarpgroupConfig
@@ -102,6 +103,17 @@ def test_steps_are_even_and_hold_all_of_k():
     # Three steps and one of zeros; 33 in four programs of ten, the last of three.
     assert WarpgroupConfig(1, 8, 64).steps(384) == (4, 1, False)
     assert WarpgroupConfig(1, 8, 64, split=4).steps(4100) == (10, 4, False)
+
+
+def test_no_weights_are_asked_for_past_the_last_step():
+    """Where every step is K's, nothing else keeps a load inside the weight."""
+    assert [WarpgroupConfig(1, 4, 16, depth=depth, left=1).ahead(512) for depth in (1, 4, 5)] == [1, 4, 4]
+    deep = WarpgroupConfig(1, 4, 16, depth=5, left=1, split=2)
+    assert (deep.ahead(512), deep.ahead(4096)) == (2, 5)
+    built = builds.warpgroup_four_bits(GPU_TARGETS["sm_90"], deep, k=512)
+    assert (built.constants["EVEN"], built.constants["STEPS"], built.constants["DEPTH"]) == (True, 2, 2)
+    deepest = replace(deep, depth=2)
+    assert space.neighbours(deepest, 16, 64, 512, torch.device("cpu")) == [replace(deep, depth=1)]
 
 
 @pytest.mark.parametrize(("tiles", "parts", "left"), [(1, 1, 2), (1, 2, 3), (1, 4, 4), (2, 1, 3), (2, 4, 7)])
