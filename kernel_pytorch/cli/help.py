@@ -110,8 +110,9 @@ unsupported, with the reason.
 usage: kernel-pytorch tune [--kernel NAME] [--layer NxK ...] [--seconds S] [--out FILE]
 
 Searches the fastest configuration of the kernels that multiply few rows by 8-bit or 4-bit weights,
-for 1 to 64 rows on this GPU, and how many rows they are used for. Runs of this machine read the
-table from then on, before the one that is shipped for this GPU. Exit 3 without a GPU.
+for 1 to 64 rows (4 bits: to 128) on this GPU, and how many rows they are used for. Runs of this
+machine read the table from then on, before the one that is shipped for this GPU. Exit 3 without a
+GPU.
 
 --kernel NAME   skinny_w8a16, skinny_w4a16 or all, the default
 --layer NxK     out features x in features of a linear layer; may be repeated; without it the four

@@ -2,7 +2,8 @@
 
 Formats: nvfp4 (blocks of 16, E4M3 scales, `channel` the tensor's scale) and mxfp4 (blocks of 32, powers of two). `pack` stores a
 weight once in the order in which lanes of an NVIDIA GPU feed the matrix unit, 4.5 bits a value; `reference` says what is computed;
-`linear` runs the operator. NVIDIA's GPUs from sm_80 on run skinny_w4a16_fragment, others and the interpreter skinny_w4a16_jit.
+`linear` runs the operator. NVIDIA's GPUs from sm_80 on run skinny_w4a16_fragment, Hopper's for more rows skinny_w4a16_wgmma_jit, others
+and the interpreter skinny_w4a16_jit.
 
 N out features, K in features, M rows. A tile is 16 rows of the weight, a chunk 64 columns, a pair two chunks.
 """
@@ -349,7 +350,7 @@ def linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = None) ->
     """x [..., K] bfloat16 or float16, packed from `pack`, bias float32 [N] -> [..., N] in x.dtype.
 
     Values times block scales are exact; sums in float32, channel and bias on the sum, one rounding at the end. Right for any
-    number of rows, made for 1 to 64. Raises ValueError when tensors do not fit."""
+    number of rows, made for 1 to 64, on Hopper to 128. Raises ValueError when tensors do not fit."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"skinny_w4a16: x must be bfloat16 or float16, got {x.dtype}")
     check(packed, x.shape[-1], "skinny_w4a16", bias)

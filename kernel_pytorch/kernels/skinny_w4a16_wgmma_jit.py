@@ -52,7 +52,7 @@ _VALUES_OPERANDS = gl.constexpr(",".join(["=&r"] * 8 + ["r"] * 6))
 
 @gluon.constexpr_function
 def _x_lanes(block_m: int, warps: int) -> gl.DistributedLinearLayout:
-    """Who loads what of x [block_m, 128]: eight values a lane, whole lines of 128 bytes, two rows' worth a quarter of a warp."""
+    """Who loads what of x [block_m, 128]: eight values a lane, a quarter of a warp a whole line of 128 bytes."""
     rows = [[2**bit, 0] for bit in range(block_m.bit_length() - 1)]
     rest = [*rows[2:4], [0, 64], *rows[4:]]
     bits = warps.bit_length() - 1

@@ -11,7 +11,7 @@ from typing import Any
 from kernel_pytorch.kernels.native import cache_folder
 
 # Rows up to which a kernel for few rows is used where nobody measured the crossover: one pass over the weight, and two against a road
-# that writes the weight in 16 bits and reads it again: at 128 rows that takes 1.1 to 1.9 times what the kernels take on the four
+# that writes the weight in 16 bits and reads it again: at 128 rows that takes 1.3 to 2.3 times what the kernels take on the four
 # Llama-3-8B layers, and no crossover measured there is lower (H200, docs/kernels.md).
 UNKNOWN_CROSSOVER, UNKNOWN_AGAINST_EXPAND = 64, 128
 # One chip with different memory: what was measured on one serves the other until that one is measured.
