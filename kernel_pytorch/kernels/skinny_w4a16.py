@@ -225,14 +225,23 @@ def groups(m: int) -> int:
     return next((c for c in (1, 2) if m <= 8 * c), MAX_ROWS // 8)
 
 
+def _measured(m: int, n: int, k: int, on: Device) -> Config | WarpgroupConfig | None:
+    table, found, most = tuned(on.name), None, 0
+    for rows in TUNED_ROWS:
+        config = table.get((n, k, rows))
+        if config is not None and (not isinstance(config, WarpgroupConfig) or wgmma.runs(on)):
+            found, most = config, rows
+            if m <= rows:
+                return config
+    return found if groups(m) == groups(most) else None
+
+
 def choose(m: int, n: int, k: int, on: Device) -> Config | WarpgroupConfig:
     """The measured configuration for this layer on this GPU at the next M that was measured, the last one above it where it computes
     as many rows of x in a program, else a rule drawn from measured ones."""
-    table = tuned(on.name)
-    known = [rows for rows in TUNED_ROWS if isinstance(table.get((n, k, rows)), Config) or ((n, k, rows) in table and wgmma.runs(on))]
-    rows = next((rows for rows in known if m <= rows), known[-1] if known else 0)
-    if rows and (m <= rows or groups(m) == groups(rows)):
-        return table[n, k, rows]
+    measured = _measured(m, n, k, on)
+    if measured is not None:
+        return measured
     if wgmma.suits(m, n, on):
         return wgmma.choose(m, n, k, on)
     # Four warps side by side share what they read of x; K is split until each processor holds about six programs.
