@@ -124,16 +124,22 @@ def _add(acc, a0, a1, x, HALF: gl.constexpr):
 
 
 @gluon.jit
+def _load_words(w_ptr, tile, tiles, pair, pairs, lane, part):
+    """A lane's words of both chunks of one step of a tile of 16 rows, and the number of the lane's first scale word."""
+    at = (gl.minimum(tile, tiles - 1) * pairs + pair) * 32 + lane
+    words = w_ptr + gl.expand_dims(at * 8 - lane * 4, 1) + gl.expand_dims(part, 0)
+    first = gl.load(words, eviction_policy="evict_first")
+    return (first, gl.load(words + 128, eviction_policy="evict_first"), at)
+
+
+@gluon.jit
 def _load_weights(w_ptr, s_ptr, tile, tiles, pair, pairs, lane, part, ROWS: gl.constexpr, WARPS_N: gl.constexpr, EVEN: gl.constexpr):
     """Words of both chunks and scales of one step, for ROWS tiles of 16 rows. Past the last pair they are the last one's: x is zero."""
     if not EVEN:
         pair = gl.minimum(pair, pairs - 1)
     found = ()
     for r in gl.static_range(ROWS):
-        at = (gl.minimum(tile + r * WARPS_N, tiles - 1) * pairs + pair) * 32 + lane
-        words = w_ptr + gl.expand_dims(at * 8 - lane * 4, 1) + gl.expand_dims(part, 0)
-        first = gl.load(words, eviction_policy="evict_first")
-        second = gl.load(words + 128, eviction_policy="evict_first")
+        first, second, at = _load_words(w_ptr, tile + r * WARPS_N, tiles, pair, pairs, lane, part)
         scales = gl.load(s_ptr + gl.expand_dims(at * 4, 1) + gl.expand_dims(part, 0), eviction_policy="evict_first")
         found = found + ((first, second, scales),)
     return found

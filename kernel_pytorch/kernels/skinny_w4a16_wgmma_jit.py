@@ -18,7 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
-from kernel_pytorch.kernels.skinny_w4a16_fragment import BF16, F16, SIGNS
+from kernel_pytorch.kernels.skinny_w4a16_fragment import BF16, F16, SIGNS, _load_words
 
 # Of all threads of a program; Triton 3.7 has another name for it.
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -69,15 +69,11 @@ def _eight(kind):
 
 @gluon.jit
 def _load_weights(w_ptr, s_ptr, tile, tiles, pair, pairs, lane, part, ROWS: gl.constexpr, WARPS: gl.constexpr, EVEN: gl.constexpr):
-    """Words of both chunks and scales of one step, for ROWS tiles of 16 rows. Past the last pair they are the last one's: x is zero."""
-    if not EVEN:
-        pair = gl.minimum(pair, pairs - 1)
+    """As the other kernel's, but a lane's four scale bytes are one number."""
+    last = pair if EVEN else gl.minimum(pair, pairs - 1)
     found = ()
     for r in gl.static_range(ROWS):
-        at = (gl.minimum(tile + r * WARPS, tiles - 1) * pairs + pair) * 32 + lane
-        words = w_ptr + gl.expand_dims(at * 8 - lane * 4, 1) + gl.expand_dims(part, 0)
-        first = gl.load(words, eviction_policy="evict_first")
-        second = gl.load(words + 128, eviction_policy="evict_first")
+        first, second, at = _load_words(w_ptr, tile + r * WARPS, tiles, last, pairs, lane, part)
         found = found + ((first, second, gl.load(s_ptr + at, eviction_policy="evict_first")),)
     return found
 

@@ -60,6 +60,16 @@ def assert_within_budget(actual: torch.Tensor, x: torch.Tensor, values: torch.Te
     assert error <= 2 * low, f"error {error:.2e} exceeds the budget 2 x {low:.2e}"
 
 
+def assert_compiled_and_captured_alike(x: torch.Tensor, packed: op.Packed, bias: torch.Tensor, expected: torch.Tensor) -> None:
+    compiled = torch.compile(lambda x: op.linear(x, packed, bias), fullgraph=True)
+    assert torch.equal(compiled(x), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = op.linear(x, packed, bias)
+    graph.replay()
+    assert torch.equal(y, expected)
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("k", [1, 200, 256, 1000])
 def test_unpack_returns_what_pack_was_given(fmt, k):
@@ -267,13 +277,7 @@ class TestOnGpu:
     def test_graph_capture_full_compile_and_opcheck(self, fmt, dtype):
         x, packed, _, bias = make(4, 512, 1024, fmt, dtype, "cuda")
         expected = op.linear(x, packed, bias)
-        compiled = torch.compile(lambda x: op.linear(x, packed, bias), fullgraph=True)
-        assert torch.equal(compiled(x), expected)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = op.linear(x, packed, bias)
-        graph.replay()
-        assert torch.equal(y, expected)
+        assert_compiled_and_captured_alike(x, packed, bias, expected)
         torch.library.opcheck(torch.ops.kernel_pytorch.skinny_w4a16.default, (x, *packed, bias))
 
     def test_an_expanded_weight_is_captured(self, fmt, dtype):
@@ -331,10 +335,4 @@ class TestWarpgroupsOnGpu:
         assert isinstance(op.choose(48, 640, 1024, op.device(0)), WarpgroupConfig)
         expected = op.linear(x, packed, bias)
         assert_within_budget(expected, x, values, bias)
-        compiled = torch.compile(lambda x: op.linear(x, packed, bias), fullgraph=True)
-        assert torch.equal(compiled(x), expected)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = op.linear(x, packed, bias)
-        graph.replay()
-        assert torch.equal(y, expected)
+        assert_compiled_and_captured_alike(x, packed, bias, expected)
