@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from kernel_pytorch.kernels import skinny_w4a16_jit as jit
 from kernel_pytorch.kernels import skinny_w4a16_wgmma as wgmma
-from kernel_pytorch.kernels import split_k_jit, tables
+from kernel_pytorch.kernels import split_k, split_k_jit, tables
 from kernel_pytorch.kernels.device import Device, device
 from kernel_pytorch.kernels.skinny_w4a16_wgmma import WarpgroupConfig
 
@@ -280,6 +280,10 @@ def launch(
         x = F.pad(x, (0, -k % PAIR))
     elif x.data_ptr() % 16:
         x = x.clone()
+    if packed.scales.data_ptr() % 4:
+        # Part of another tensor: programs read four bytes at a time.
+        packed = packed._replace(scales=packed.scales.clone())
+    config = split_k.within_grid(config, m)
     if isinstance(config, WarpgroupConfig):
         return wgmma.launch(x, *packed, bias, config, out)
     config = runnable(config, device(x.device.index))

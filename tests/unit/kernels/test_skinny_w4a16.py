@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from kernel_pytorch.backends.kernel_compiler import compiler_for
-from kernel_pytorch.kernels import builds
+from kernel_pytorch.kernels import builds, skinny_w8a16, split_k
 from kernel_pytorch.kernels import skinny_w4a16 as op
 from kernel_pytorch.kernels import skinny_w4a16_jit as jit
 from kernel_pytorch.kernels import skinny_w4a16_wgmma as wgmma
@@ -226,6 +227,12 @@ def test_no_more_is_asked_for_ahead_than_there_is():
     assert op.Config(1, 4, 1, 3, depth_x=3).ahead(1024) == (2, 1)
 
 
+def test_no_program_shares_k_where_the_second_kernel_has_too_many_rows():
+    for config in (op.Config(1, 4, 4, 1, split=8), WarpgroupConfig(1, 4, 16, split=2), skinny_w8a16.Config(64, 256, 1, 4, 4, 3)):
+        assert split_k.within_grid(config, split_k.MOST_ROWS) is config
+        assert split_k.within_grid(config, split_k.MOST_ROWS + 1) == replace(config, split=1)
+
+
 def interpreted_cases() -> None:
     """Runs in a process with Triton's interpreter: prints one line a case."""
     for fmt in FORMATS:
@@ -273,6 +280,12 @@ class TestOnGpu:
         out = x.new_full((5, 96), float("nan"))
         jit.tile[(1, 1)](x, *packed, bias, out, 5, 96, 384, 6, 3, HAS_BIAS=True, BLOCK_M=16, ROWS=8)
         assert_within_budget(out, x, values, bias)
+
+    def test_more_rows_than_a_grid_has_and_scales_inside_another_tensor(self, fmt, dtype):
+        x, packed, values, bias = make(split_k.MOST_ROWS + 2, 48, 512, fmt, dtype, "cuda")
+        inside = torch.cat((packed.scales.flatten()[:1], packed.scales.flatten()))[1:].view(packed.scales.shape)
+        for config in (op.Config(1, 4, 4, 1, split=2), CLUSTERS[0], op.choose(len(x), 48, 512, op.device(0))):
+            assert_within_budget(op.launch(x, packed._replace(scales=inside), bias, config), x, values, bias)
 
     def test_graph_capture_full_compile_and_opcheck(self, fmt, dtype):
         x, packed, _, bias = make(4, 512, 1024, fmt, dtype, "cuda")
