@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +90,9 @@ class EagerRival:
         if eager.spec != compiled.spec or list(map(_layout, own)) != list(map(_layout, expected)):
             return "the eager code's outputs are of other shapes, or laid out otherwise"
         if relative_l2(found, own) is None:
-            return "a replay of the eager code is not what the eager call is"
+            error = relative_l2(found, own, math.inf)
+            by = "" if error is None else f": relative L2 error {error:.2g}"
+            return f"a replay of the eager code is not what the eager call is{by}"
         num_outputs = len(expected) - arms.num_written
         analysis.eager_relative_l2 = relative_l2(found[:num_outputs], expected[:num_outputs], arms.tolerance)
         return "the eager code's outputs are others than roundings explain" if analysis.eager_relative_l2 is None else None

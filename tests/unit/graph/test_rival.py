@@ -298,7 +298,7 @@ def test_a_replay_that_is_not_the_eager_call_refuses_it(wrap: Any, Rerun: Any) -
     model = compiled(Double())
     graphed, _ = wrap(model, Forgets(eager_ms=0.1))
     assert torch.equal(model(torch.ones(4)), torch.full((4,), 2.0) * OFF)
-    assert graphed.decisions[0]["code_reason"] == "a replay of the eager code is not what the eager call is"
+    assert graphed.decisions[0]["code_reason"] == "a replay of the eager code is not what the eager call is: relative L2 error 1"
 
 
 def test_outputs_that_are_laid_out_otherwise_refuse_it(wrap: Any, Rerun: Any) -> None:
