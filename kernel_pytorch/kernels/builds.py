@@ -23,6 +23,7 @@ from kernel_pytorch.kernels import (
     skinny_w4a16_wgmma_jit,
     skinny_w8a16,
     skinny_w8a16_jit,
+    split_k,
     split_k_jit,
 )
 from kernel_pytorch.kernels.gpu_targets import GpuTarget
@@ -170,7 +171,13 @@ def expanded_four_bits(on: GpuTarget, *, dtype: str = "bf16") -> Build:
 
 
 def summed_splits(on: GpuTarget, *, split: int = 4, dtype: str = "bf16") -> Build:
-    constants: dict[str, Constant] = {"HAS_BIAS": True, "HAS_ROW_SCALE": True, "SPLIT": split, "BLOCK": 512, "PDL": on.gpu.dependent_launch}
+    constants: dict[str, Constant] = {
+        "HAS_BIAS": True,
+        "HAS_ROW_SCALE": True,
+        "SPLIT": split,
+        "BLOCK": split_k.BLOCK,
+        "PDL": on.gpu.dependent_launch,
+    }
     return _build(split_k_jit.sum_splits, constants, {}, {"out_ptr": f"*{dtype}"}, "*fp32")
 
 

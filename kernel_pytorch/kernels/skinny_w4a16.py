@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from kernel_pytorch.kernels import skinny_w4a16_jit as jit
 from kernel_pytorch.kernels import skinny_w4a16_wgmma as wgmma
-from kernel_pytorch.kernels import split_k, split_k_jit, tables
+from kernel_pytorch.kernels import split_k, tables
 from kernel_pytorch.kernels.device import Device, device
 from kernel_pytorch.kernels.skinny_w4a16_wgmma import WarpgroupConfig
 
@@ -53,7 +53,6 @@ _PORTABLE_TILES = 8
 
 # Triton's launcher takes plain values where the kernel's signature says constexpr.
 _portable: Any = jit.tile
-_sum_splits: Any = split_k_jit.sum_splits
 
 
 @dataclass(frozen=True)
@@ -283,7 +282,6 @@ def launch(
     if packed.scales.data_ptr() % 4:
         # Part of another tensor: programs read four bytes at a time.
         packed = packed._replace(scales=packed.scales.clone())
-    config = split_k.within_grid(config, m)
     if isinstance(config, WarpgroupConfig):
         return wgmma.launch(x, *packed, bias, config, out)
     config = runnable(config, device(x.device.index))
@@ -325,9 +323,7 @@ def launch(
         **extra,
     )
     if partial:
-        scales = (packed.channel, packed.channel, bias_or_any)
-        flags = {"HAS_BIAS": bias is not None, "HAS_ROW_SCALE": False, "PDL": config.overlap}
-        _sum_splits[(-(-n // 512), m)](target, *scales, out, m, n, SPLIT=split, BLOCK=512, **flags, **extra)
+        split_k.add(target, packed.channel, None, bias, out, config.overlap)
     return out
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import triton
 
-from kernel_pytorch.kernels import split_k_jit
+from kernel_pytorch.kernels import split_k
 from kernel_pytorch.kernels.device import Device
 
 try:
@@ -25,9 +25,6 @@ LEAST_TRITON = (3, 6)
 
 STEP, TILE = 128, 16
 BLOCK_M = (16, 32, 64, 128)
-
-# Triton's launcher takes plain values where the kernel's signature says constexpr.
-_sum_splits: Any = split_k_jit.sum_splits
 
 
 @dataclass(frozen=True)
@@ -111,8 +108,6 @@ def launch(
     (m, k), n, tiles = x.shape, channel.shape[0], words.shape[0]
     steps, split, even = config.steps(k)
     target = x.new_empty((split, m, n), dtype=torch.float32) if split > 1 else out
-    # A pointer that the kernel does not read.
-    bias_or_any = channel if bias is None else bias
     extra = {"launch_pdl": True} if config.overlap else {}
     assert jit is not None, "`choose` of skinny_w4a16 asks `runs`"
     kernel: Any = jit.multiply
@@ -121,7 +116,8 @@ def launch(
         words,
         scales.view(torch.int32),
         channel,
-        bias_or_any,
+        # A pointer that the kernel does not read without a bias.
+        channel if bias is None else bias,
         target,
         m,
         n,
@@ -144,6 +140,5 @@ def launch(
         **extra,
     )
     if split > 1:
-        flags = {"HAS_BIAS": bias is not None, "HAS_ROW_SCALE": False, "PDL": config.overlap}
-        _sum_splits[(-(-n // 512), m)](target, channel, channel, bias_or_any, out, m, n, SPLIT=split, BLOCK=512, **flags, **extra)
+        split_k.add(target, channel, None, bias, out, config.overlap)
     return out

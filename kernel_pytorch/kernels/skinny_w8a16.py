@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from kernel_pytorch.kernels import skinny_w8a16_jit as jit
-from kernel_pytorch.kernels import split_k, split_k_jit, tables
+from kernel_pytorch.kernels import split_k, tables
 from kernel_pytorch.kernels.device import Device, device
 
 # (M, N, K) that tests and the benchmark share: Llama-3-8B's decode linears, then widths that no tile divides, one row, no rows.
@@ -31,7 +31,6 @@ MAX_ROWS = 64
 # Triton's launcher takes plain values where the kernel's signature says constexpr.
 _matrix: Any = jit.matrix
 _vector: Any = jit.vector
-_sum_splits: Any = split_k_jit.sum_splits
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,6 @@ def launch(
     out = x.new_empty((m, n)) if out is None else out
     if m == 0 or n == 0:
         return out
-    config = split_k.within_grid(config, m)
     cuda = x.is_cuda and torch.version.hip is None
     overlap = config.overlap if cuda and device(x.device.index).dependent_launch else "none"
     epilogue = {"HAS_BIAS": bias is not None, "HAS_ROW_SCALE": row_scale is not None}
@@ -182,8 +180,7 @@ def launch(
         **extra,
     )
     if split > 1:
-        grid = (-(-n // 512), m)
-        _sum_splits[grid](target, *scales, out, m, n, SPLIT=split, BLOCK=512, PDL=overlap != "none", **epilogue, **extra)
+        split_k.add(target, scale, row_scale, bias, out, overlap != "none")
     return out
 
 

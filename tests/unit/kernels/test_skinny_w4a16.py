@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from kernel_pytorch.backends.kernel_compiler import compiler_for
-from kernel_pytorch.kernels import builds, skinny_w8a16, split_k
+from kernel_pytorch.kernels import builds, split_k
 from kernel_pytorch.kernels import skinny_w4a16 as op
 from kernel_pytorch.kernels import skinny_w4a16_jit as jit
 from kernel_pytorch.kernels import skinny_w4a16_wgmma as wgmma
@@ -225,12 +224,6 @@ def test_no_more_is_asked_for_ahead_than_there_is():
     assert op.Config(1, 4, 1, 2, depth_x=3).ahead(4096) == (2, 3)
     assert op.Config(1, 4, 1, 2, depth_x=3, loop=True).ahead(4096) == (2, 2)
     assert op.Config(1, 4, 1, 3, depth_x=3).ahead(1024) == (2, 1)
-
-
-def test_no_program_shares_k_where_the_second_kernel_has_too_many_rows():
-    for config in (op.Config(1, 4, 4, 1, split=8), WarpgroupConfig(1, 4, 16, split=2), skinny_w8a16.Config(64, 256, 1, 4, 4, 3)):
-        assert split_k.within_grid(config, split_k.MOST_ROWS) is config
-        assert split_k.within_grid(config, split_k.MOST_ROWS + 1) == replace(config, split=1)
 
 
 def interpreted_cases() -> None:
